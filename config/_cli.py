@@ -22,13 +22,16 @@ CONFIG_DIR = Path(__file__).parent
 
 
 def run(main):
-    """Run `main(argv) → exit code or None` as a script: what the user can cause is one line on stderr and exit code 2."""
+    """Run `main(argv) → exit code or None` as a script. What the user can cause: one line on stderr, exit code 2."""
     name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever the locale says: a corpus may hold any character
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's: the ranks share their errors, and one of them speaks
+            print(f"{name}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -67,7 +70,7 @@ def read_args(argv, schema, doc):
 def read_config_file(path, schema):
     """The assignments of a config file → {key: value}, checked against `schema`.
 
-    The file runs in a namespace of its own; names with a leading underscore, modules and functions are its own business.
+    It runs in a namespace of its own; names with a leading underscore, modules and functions are its own business.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,7 +95,7 @@ def read_config_file(path, schema):
 
 
 def check(key, value, schema, where):
-    """One key and its value → the options that it sets: {key: value of the right type}, or what a retired key stands for."""
+    """One key and its value → the options that it sets: {key: checked value}, or what a retired key stands for."""
     types_ = option_types(schema)
     if key in types_:
         return {key: coerce(value, types_[key], where, key)}

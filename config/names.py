@@ -1,0 +1,26 @@
+"""The embedded list of given names: a first run, about a minute on two CPU cores and no network.
+
+python train.py config/names.py
+"""
+
+out_dir = "out/names"
+dataset = "names"
+
+n_layer = 3
+n_head = 4
+n_embd = 64
+block_size = 16
+dropout = 0.1
+
+batch_size = 64
+gradient_accumulation_steps = 1
+max_iters = 1500
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_iters = 50
+beta2 = 0.99
+
+eval_interval = 100
+log_interval = 10
+final_samples = 20
+sample_tokens = 16

@@ -1,0 +1,24 @@
+"""Tiny Shakespeare by characters on a laptop's CPU: 0.8M parameters, nanoGPT's laptop recipe.
+
+python train.py config/shakespeare_char_cpu.py
+"""
+
+out_dir = "out/shakespeare_char_cpu"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+dropout = 0.0
+
+batch_size = 12
+gradient_accumulation_steps = 1
+max_iters = 2000
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+beta2 = 0.99
+
+eval_interval = 250
+log_interval = 10

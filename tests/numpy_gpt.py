@@ -1,0 +1,98 @@
+"""GPT's forward pass and loss in plain numpy and float64, written from the papers and not from model.py: the reference.
+
+One loop for each position that attends and no trick of any kind, so that it can be checked by eye.
+"""
+
+import math
+
+import numpy as np
+
+erf = np.vectorize(math.erf)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def norm(x, kind, w, name):
+    if kind == "none":
+        return x
+    if kind == "rmsnorm":
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return y * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
+
+
+def linear(x, w, name):
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+
+def turn(vector, t):
+    """RoPE: pair i of a head's vector at position t."""
+    half = len(vector) // 2
+    out = np.empty_like(vector)
+    for i in range(half):
+        angle = t / 10000 ** (2 * i / len(vector))
+        out[i] = vector[i] * np.cos(angle) - vector[i + half] * np.sin(angle)
+        out[i + half] = vector[i] * np.sin(angle) + vector[i + half] * np.cos(angle)
+    return out
+
+
+def attention(x, w, name, config):
+    T, C = x.shape
+    D = C // config.n_head
+    q, k, v = np.split(linear(x, w, f"{name}.c_attn"), 3, axis=-1)
+    out = np.zeros_like(x)
+    for head in range(config.n_head):
+        s = slice(head * D, (head + 1) * D)
+        qs, ks, vs = q[:, s].copy(), k[:, s].copy(), v[:, s]
+        if config.qk_norm:
+            qs, ks = norm(qs, "rmsnorm", w, ""), norm(ks, "rmsnorm", w, "")
+        if config.position == "rope":
+            qs = np.array([turn(qs[t], t) for t in range(T)])
+            ks = np.array([turn(ks[t], t) for t in range(T)])
+        for t in range(T):
+            weights = softmax(ks[: t + 1] @ qs[t] / math.sqrt(D))
+            out[t, s] = weights @ vs[: t + 1]
+    return linear(out, w, f"{name}.c_proj")
+
+
+def mlp(x, w, name, config):
+    h = linear(x, w, f"{name}.c_fc")
+    if config.activation == "gelu":
+        h = h * 0.5 * (1 + erf(h / math.sqrt(2)))
+    elif config.activation == "relu":
+        h = np.maximum(h, 0)
+    elif config.activation == "relu2":
+        h = np.maximum(h, 0) ** 2
+    else:
+        gate, up = np.split(h, 2, axis=-1)
+        h = gate / (1 + np.exp(-gate)) * up
+    return linear(h, w, f"{name}.c_proj")
+
+
+def forward(idx, w, config):
+    """One sequence of ids (T,) → logits (T, V). `w`: GPT-2's parameter names → float64 arrays."""
+    x = w["transformer.wte.weight"][idx]
+    if config.position == "learned":
+        x = x + w["transformer.wpe.weight"][: len(idx)]
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}"
+        y = attention(norm(x, config.norm, w, f"{name}.ln_1"), w, f"{name}.attn", config)
+        x = x + y if config.residual else y
+        if config.mlp_ratio:
+            y = mlp(norm(x, config.norm, w, f"{name}.ln_2"), w, f"{name}.mlp", config)
+            x = x + y if config.residual else y
+    return norm(x, config.norm, w, "transformer.ln_f") @ w["lm_head.weight"].T
+
+
+def loss(idx, targets, w, config):
+    """Mean loss in nats over the targets that are not -1; `idx`, `targets` (B, T)."""
+    total, count = 0.0, 0
+    for row, row_targets in zip(idx, targets, strict=True):
+        for z, target in zip(forward(row, w, config), row_targets, strict=True):
+            if target != -1:
+                surprise = np.log(np.exp(z - z.max()).sum()) - (z[target] - z.max())
+                total, count = total + surprise, count + 1
+    return total / count

@@ -1,0 +1,239 @@
+"""model.py against an independent float64 reference, and the properties a GPT must have."""
+
+import math
+
+import numpy as np
+import numpy_gpt
+import pytest
+import torch
+
+from config._schema import ModelConfig
+from model import GPT, sample_token
+
+V = 11
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
+SHAPES = {
+    "gpt2": {},
+    "no bias": {"bias": False},
+    "untied": {"tie_weights": False},
+    "rmsnorm, rope, relu2, qk_norm": {
+        "norm": "rmsnorm",
+        "position": "rope",
+        "activation": "relu2",
+        "qk_norm": True,
+        "bias": False,
+    },
+    "no norm, no position, swiglu": {"norm": "none", "position": "none", "activation": "swiglu", "mlp_ratio": 2.5},
+    "layernorm, rope, relu": {"position": "rope", "activation": "relu"},
+    "no residual": {"residual": False},
+    "attention only": {"mlp_ratio": 0, "norm": "none", "residual": False, "n_layer": 1},
+    "bigram": {"n_layer": 0, "position": "none", "norm": "none", "tie_weights": False},
+}
+
+
+def make(seed=0, std=None, **shape):
+    """A tiny float64 model, dropout off; `std` widens its weights, so that differences can't hide in small ones."""
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**(TINY | shape)), V).double().eval()
+    if std is not None:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def tokens(B, T, seed=1):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def as_numpy(model):
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_logits_loss_and_gradients_agree_with_numpy(shape):
+    model = make(std=0.4, **shape)
+    idx, targets = tokens(3, 8), tokens(3, 8, seed=2)
+    targets[0, 5:] = -1
+    logits, loss = model(idx, targets)
+    reference = as_numpy(model)
+    for row in range(3):
+        expected = numpy_gpt.forward(idx[row].numpy(), reference, model.config)
+        np.testing.assert_allclose(
+            logits[row].detach().numpy(), expected, rtol=0, atol=1e-5 if model.rotary is not None else 1e-8
+        )
+    assert loss.item() == pytest.approx(numpy_gpt.loss(idx.numpy(), targets.numpy(), reference, model.config), abs=1e-6)
+
+    loss.backward()
+    rng = np.random.default_rng(3)
+    for name, parameter in model.named_parameters():
+        names = [name]
+        if parameter is model.lm_head.weight and model.config.tie_weights:
+            names = ["lm_head.weight", "transformer.wte.weight"]
+        for place in rng.integers(parameter.numel(), size=2):
+            place = np.unravel_index(place, parameter.shape)
+            ends = []
+            for step in (1e-5, -1e-5):
+                nudged = {key: value.copy() if key in names else value for key, value in reference.items()}
+                for key in names:
+                    nudged[key][place] += step
+                ends.append(numpy_gpt.loss(idx.numpy(), targets.numpy(), nudged, model.config))
+            assert parameter.grad[tuple(place)].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=2e-7), name
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_causality_by_gradients(shape):
+    """The logits at t depend on the inputs up to t (all of them, where there is attention) and on none behind it."""
+    model = make(std=0.4, **shape)
+    if model.config.n_layer == 0:
+        with torch.no_grad():
+            one, other = model(torch.tensor([[1, 2, 3]]))[0], model(torch.tensor([[4, 5, 3]]))[0]
+        assert torch.equal(one[0, 2], other[0, 2])  # a bigram model sees one token
+        return
+    inputs = []
+    model.transformer.wte.register_forward_hook(lambda m, i, out: (inputs.append(out), out.retain_grad())[0] and None)
+    idx = tokens(1, 8)
+    for t in range(8):
+        inputs.clear()
+        model(idx)[0][0, t].square().sum().backward()
+        reach = inputs[0].grad[0].abs().amax(dim=-1)
+        assert (reach[: t + 1] > 0).all() and (reach[t + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "none"])
+def test_cached_generation_is_uncached_generation(position, norm):
+    model = make(std=0.5, position=position, norm=norm)
+    for prompt in (tokens(3, 1), tokens(3, 8), tokens(3, 20)):  # short, a block, longer than a block
+        for options in ({"temperature": 0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.9}):
+            out = [
+                model.generate(prompt, 30, generator=torch.Generator().manual_seed(5), use_cache=cached, **options)
+                for cached in (True, False)
+            ]
+            assert torch.equal(*out) and out[0].shape == (3, prompt.size(1) + 30)
+            assert torch.equal(out[0][:, : prompt.size(1)], prompt)
+
+
+def test_generation_goes_on_from_the_last_half_block():
+    """The policy for a full context, against a loop that spells it out."""
+    model = make(std=0.5)
+    out = tokens(1, 3)
+    context = out
+    with torch.no_grad():
+        for _ in range(25):
+            if context.size(1) > 8:
+                context = context[:, -4:]
+            token = model(context)[0][:, -1].argmax(dim=-1, keepdim=True)
+            out, context = torch.cat([out, token], 1), torch.cat([context, token], 1)
+    assert torch.equal(model.generate(tokens(1, 3), 25, temperature=0), out)
+
+
+def test_a_row_of_a_batch_is_the_row_alone():
+    model = make(std=0.5)
+    prompt = tokens(4, 3)
+    together = model.generate(prompt, 20, temperature=0)
+    alone = torch.cat([model.generate(row[None], 20, temperature=0) for row in prompt])
+    assert torch.equal(together, alone)
+
+
+def test_stop_token_fills_up_and_ends():
+    model = make(std=0.5)
+    seen = []
+    out = model.generate(
+        tokens(6, 2), 200, stop_token=3, generator=torch.Generator().manual_seed(0), on_token=lambda t: seen.append(t)
+    )
+    new = out[:, 2:]
+    assert (new == 3).any(dim=1).all() and new.size(1) < 200 and len(seen) == new.size(1)
+    assert torch.equal(torch.stack(seen, 1), new)
+    lengths = []
+    for row in new:
+        first = (row == 3).nonzero()[0, 0]
+        assert (row[first:] == 3).all()
+        lengths.append(first.item())
+    assert max(lengths) == new.size(1) - 1 and min(lengths) < max(lengths)
+
+
+def test_generation_leaves_the_mode_as_it_was_and_uses_no_dropout():
+    model = make(std=0.5, dropout=0.5).train()
+    out = [model.generate(tokens(1, 2), 20, temperature=0) for _ in range(2)]
+    assert model.training and torch.equal(*out)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(200_000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**options):
+        drawn = sample_token(logits, generator=generator, **options)
+        return torch.bincount(drawn, minlength=4) / len(drawn)
+
+    def expected(weights):
+        return torch.tensor(weights) / sum(weights)
+
+    e = math.e
+    cases = [
+        ({}, [e**2, e, 1, 1 / e]),
+        ({"temperature": 0.5}, [e**4, e**2, 1, e**-2]),
+        ({"top_k": 2}, [e**2, e, 0, 0]),
+        ({"top_k": 99}, [e**2, e, 1, 1 / e]),
+        ({"top_p": 0.65}, [e**2, e, 0, 0]),  # the likeliest holds 0.644
+        ({"top_p": 0.64}, [1, 0, 0, 0]),
+        ({"top_p": 1.0}, [e**2, e, 1, 1 / e]),
+        ({"temperature": 0}, [1, 0, 0, 0]),
+    ]
+    for options, weights in cases:
+        torch.testing.assert_close(frequencies(**options), expected(weights), atol=0.005, rtol=0)
+
+
+def test_one_batch_overfits():
+    """Every logit can be learnt: a batch of noise goes below 0.01 nats."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**(TINY | {"n_embd": 32})), V)
+    idx, targets = tokens(4, 8), tokens(4, 8, seed=2)
+    idx[:, 0] = torch.arange(4)  # rows that begin alike could not be told apart
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = model(idx, targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+
+
+def test_gpt2_names_sizes_and_initialisation():
+    """GPT-2's smallest shape: 124,439,808 parameters (as released by Radford et al. 2019), N(0, 0.02)."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(bias=True), 50257)
+    assert model.num_params() == 124_439_808
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    assert shapes["transformer.wte.weight"] == shapes["lm_head.weight"] == (50257, 768)
+    assert shapes["transformer.wpe.weight"] == (1024, 768)
+    assert shapes["transformer.h.11.attn.c_attn.weight"] == (2304, 768)
+    assert shapes["transformer.h.0.mlp.c_fc.bias"] == (3072,) and shapes["transformer.ln_f.bias"] == (768,)
+    assert len(shapes) == 2 + 12 * 12 + 2 + 1
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all()
+        else:
+            std = 0.02 / math.sqrt(24) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.01), name
+    # 6 FLOPs for each weight of a product (all but the positions') and 12 L C T for attention
+    assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_untrained_loss_is_that_of_guessing():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=4, n_head=4, n_embd=64, block_size=32), 65)
+    idx = torch.randint(65, (8, 32))
+    assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(65), abs=0.05)
+
+
+def test_dropout_is_on_in_training_only():
+    torch.manual_seed(0)
+    model = make(std=0.4, dropout=0.3)
+    idx = tokens(2, 8)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
