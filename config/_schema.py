@@ -91,7 +91,7 @@ class OptimizerConfig(Checked):
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
     batch_size: int = option(12, "sequences in a micro-batch", at_least=1)
     gradient_accumulation_steps: int = option(40, "micro-batches in an optimizer step, over all ranks", at_least=1)
-    max_iters: int = option(600_000, "optimizer steps", at_least=0)
+    max_iters: int = option(600_000, "optimizer steps", at_least=1)
     learning_rate: float = option(6e-4, "AdamW's peak learning rate", above=0)
     muon_learning_rate: float = option(0.02, "Muon's peak learning rate; follows the same schedule", above=0)
     muon_momentum: float = option(0.95, "Muon's Nesterov momentum", at_least=0, below=1)
