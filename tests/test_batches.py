@@ -129,7 +129,7 @@ def test_a_long_document_comes_in_pieces():
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [1000, 1001, 1007, 1009])
 def test_validation_predicts_every_token_once(n, world, monkeypatch):
-    monkeypatch.setattr(module, "EVAL_TOKENS", 80)
+    monkeypatch.setattr(module, "CPU_EVAL_TOKENS", 80)
     targets, predicted = [], 0
     for rank in range(world):
         for x, y, count in make(stream(n), rank=rank, world=world).validation():

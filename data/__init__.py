@@ -1,0 +1,1 @@
+"""Text → token files → batches: the known corpora, the tokenizers, the files, and what training reads from them."""

@@ -1,0 +1,49 @@
+"""Small datasets, prepared once, and a run of a few seconds on them."""
+
+import random
+
+import pytest
+
+from data import token_files
+
+TINY = {
+    "dataset": "prose",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_iters": 40,
+    "lr_decay_iters": 40,
+    "warmup_iters": 4,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+    "eval_interval": 20,
+    "log_interval": 10,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with two datasets: `prose`, a stream, and `words`, documents."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(600)]
+    for name, text, documents in (("prose", " ".join(words), False), ("words", "\n".join(words), True)):
+        source = folder / f"{name}.txt"
+        source.write_text(text, encoding="utf-8")
+        token_files.prepare(source, folder / name, "char", documents, name)
+    return folder
+
+
+@pytest.fixture
+def flags(data_dir, tmp_path):
+    """Flags of a tiny run: `flags(n_layer=1)` → a list for train.main."""
+
+    def make(**options):
+        options = TINY | {"data_dir": data_dir, "out_dir": tmp_path / "run"} | options
+        return [f"--{key}={value}" for key, value in options.items()]
+
+    return make

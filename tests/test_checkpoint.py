@@ -1,0 +1,175 @@
+"""checkpoint.py: whole or not at all, never executed, every kind of damage named; nanoGPT's file opens."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+import checkpoint
+from config._errors import UserError
+from config._schema import ModelConfig
+from model import GPT
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": False, "dropout": 0.0}
+
+
+def state(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**SHAPE), 11)
+    plain = {"config": dict(SHAPE), "flags": {}, "vocab_size": 11, "tokenizer": None, "ema": None, "step": 7}
+    return plain | {"model": model.state_dict(), "best_val_loss": 1.5} | changes
+
+
+@pytest.fixture
+def path(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", state())
+    return tmp_path / "last.pt"
+
+
+def refused(path, words):
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(checkpoint.load(path), path)
+    assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_round_trip(path):
+    loaded = checkpoint.load(path)
+    assert loaded["format"] == checkpoint.FORMAT and loaded["step"] == 7 and loaded["config"] == SHAPE
+    model = checkpoint.load_model(loaded, path)
+    assert all(torch.equal(value, state()["model"][key]) for key, value in model.state_dict().items())
+    assert os.listdir(path.parent) == ["last.pt"]
+
+
+def test_averaged_weights_are_preferred(tmp_path):
+    average = {key: value + 1 for key, value in state()["model"].items()}
+    checkpoint.save(tmp_path / "last.pt", state(ema=average))
+    model = checkpoint.load_model(checkpoint.load(tmp_path / "last.pt"), "")
+    assert torch.equal(model.lm_head.weight, average["lm_head.weight"])
+
+
+def test_any_damaged_byte_or_length_is_noticed(path):
+    """torch itself reads a file with a flipped bit in a weight without a word."""
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        weights = max(archive.infolist(), key=lambda entry: entry.file_size)
+    middle = weights.header_offset + len(whole[weights.header_offset :].split(b"\0" * 8)[0]) + weights.file_size // 2
+    damaged = bytearray(whole)
+    damaged[middle] ^= 1
+    path.write_bytes(damaged)
+    refused(path, "damaged")
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(path, "truncated, damaged, or not a checkpoint")
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "x.pt"
+    refused(path, "no such checkpoint")
+    path.write_text("hello")
+    refused(path, "not a checkpoint")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "hello")
+    refused(path, "not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, path)
+    refused(path, "not a checkpoint of quill's or nanoGPT's")
+    torch.save([1, 2], path)
+    refused(path, "not a checkpoint of quill's or nanoGPT's")
+    torch.save(state(format=checkpoint.FORMAT + 1), path)
+    refused(path, "update quill")
+    torch.save(state(format="x"), path)
+    refused(path, "format x")
+    torch.save({"format": 1, "model": {}}, path)
+    refused(path, "best_val_loss")
+    torch.save(state(format=1, vocab_size=12), path)
+    refused(path, "do not fit")
+    path.unlink()
+    path.mkdir()
+    refused(path, "no such checkpoint")
+
+
+def test_code_is_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    path = tmp_path / "trap.pt"
+    torch.save({"format": 1, "model": Trap()}, path)
+    refused(path, "could run code")
+    path.write_bytes(pickle.dumps(Trap()))
+    refused(path, "not a checkpoint")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("full_at", [0, 1000, 20000])
+def test_a_full_disk_keeps_the_checkpoint_before(path, monkeypatch, full_at):
+    before = path.read_bytes()
+
+    class FullDisk:
+        def __init__(self, *args):
+            self.file, self.written = real_open(*args), 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            self.written += len(data)
+            if self.written > full_at:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+    real_open = open
+    monkeypatch.setattr(checkpoint, "open", FullDisk, raising=False)
+    best = path.with_name("best.pt")
+    for best_path in (None, best):
+        with pytest.raises(UserError, match="last.pt: No space left on device; the checkpoint before it is kept"):
+            checkpoint.save(path, state(seed=1), best_path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["last.pt"]
+
+
+@pytest.mark.parametrize("dies_at", ["fsync", "replace"])
+def test_a_crash_while_saving_keeps_the_checkpoint_before(path, monkeypatch, dies_at):
+    class Crash(BaseException):
+        pass
+
+    def crash(*args):
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(os, dies_at, crash)
+        checkpoint.save(path, state(seed=1), path.with_name("best.pt"))
+    assert torch.equal(checkpoint.load(path)["model"]["lm_head.weight"], state()["model"]["lm_head.weight"])
+    checkpoint.save(path, state(seed=1), path.with_name("best.pt"))  # and what is left over is in nobody's way
+    assert sorted(os.listdir(path.parent)) == ["best.pt", "last.pt"]
+    assert torch.equal(checkpoint.load(path)["model"]["lm_head.weight"], state(seed=1)["model"]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_nanogpts_checkpoint(tmp_path, prefix):
+    """As its train.py writes it: model_args, weights (compiled: behind a prefix; old: with mask buffers), optimizer."""
+    ours = state()
+    weights = {prefix + name: tensor for name, tensor in ours["model"].items()}
+    weights[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    theirs = {
+        "model": weights,
+        "optimizer": {"state": {}, "param_groups": []},
+        "model_args": SHAPE | {"vocab_size": 11},
+        "iter_num": 250,
+        "best_val_loss": torch.tensor(1.25),
+        "config": {"dataset": "prose", "out_dir": "out"},
+    }
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path / "ckpt.pt")
+    assert (loaded["step"], loaded["best_val_loss"], loaded["config"]["dataset"]) == (250, 1.25, "prose")
+    model = checkpoint.load_model(loaded, "")
+    assert all(torch.equal(value, ours["model"][key]) for key, value in model.state_dict().items())
+    del theirs["model_args"]["n_head"]
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    refused(tmp_path / "ckpt.pt", "n_head")

@@ -1,0 +1,184 @@
+"""The commands as users run them: exit codes, signals, kill -9, several ranks, pipes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from config._cli import config_files
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(*argv, check=None, **options):
+    """Run a script of ours. → CompletedProcess with text output"""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120, **options
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    return done
+
+
+def losses(folder):
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        return [(float(row["train_loss"]), float(row["val_loss"])) for row in csv.DictReader(file)]
+
+
+def test_a_run_killed_20_times_ends_as_the_undisturbed_one(flags, tmp_path):
+    options = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 4, "dropout": 0.1, "optimizer": "muon"}
+    assert train.main(flags(**options, out_dir=tmp_path / "whole")) == 0
+    killed = flags(**options, out_dir=tmp_path / "killed", init_from="auto")
+    done = command("tests/killed_run.py", 20, 1, *killed, check=0)
+    assert "killed 20 times" in done.stdout and done.stderr == ""
+    whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert parts["step"] == 400
+    assert all(torch.equal(weight, whole["model"][name]) for name, weight in parts["model"].items())
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert sorted(os.listdir(tmp_path / "killed")) == ["best.pt", "last.pt", "metrics.csv"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_code_of_a_signal(flags, tmp_path, number, code):
+    argv = [sys.executable, "train.py", *flags(max_iters=100_000)]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 50/"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and err == "" and "go on with --init_from=resume" in out
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 50
+
+
+@pytest.mark.parametrize("dataset", ["prose", "words"])
+def test_two_ranks_train_as_one(flags, tmp_path, dataset):
+    """torchrun with gloo: the same losses and weights as one process, at half the rows for each."""
+    options = {"dataset": dataset, "gradient_accumulation_steps": 3, "eval_interval": 10}
+    assert train.main(flags(**options, out_dir=tmp_path / "one")) == 0
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    done = command(*argv, *flags(**options, out_dir=tmp_path / "two"), check=0)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
+    one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, atol=1e-4, rtol=0)
+    assert not any(name.startswith("module.") for name in two["model"])
+    assert done.stdout.count("step 40: train loss") == 1  # rank 0 alone prints
+
+
+def test_an_error_on_one_rank_ends_all_with_its_line(flags, tmp_path):
+    """Rank 1 alone can't read the data; rank 0 would wait for it for ever."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom config._cli import run\n"
+        "from config._errors import UserError\n"
+        "def broken(*args):\n    raise UserError('rank 1 has no disk')\n"
+        "if os.environ['RANK'] == '1':\n    train.open_dataset = broken\n"
+        "run(train.main)\n",
+        encoding="utf-8",
+    )
+    began = time.monotonic()
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    done = command(*argv, *flags())
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert done.stderr.count("broken.py: rank 1 has no disk") == 1
+
+
+def test_a_signal_to_torchrun_saves(flags, tmp_path):
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    argv = [sys.executable, *argv, *flags(max_iters=100_000)]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 50/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM" in out and checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 50
+
+
+def test_a_bare_command_lists_the_configs():
+    done = command("train.py", check=2)
+    for path in config_files():
+        assert sum(line.split()[0] == f"config/{path.name}" for line in done.stdout.splitlines() if line.strip()) == 1
+
+
+def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
+    read_only = tmp_path / "file"
+    read_only.write_text("")
+    cases = [
+        (["config/shakespear_char.py"], "did you mean config/shakespeare_char.py?"),
+        (["config/names.py", "config/names.py"], "one config file"),
+        ([*flags(), "--block_sise=3"], "did you mean block_size?"),
+        ([*flags(), "--block_size=100000"], "too few for --block_size=100000"),
+        ([*flags(), "--dataset=prosa"], "prosa"),
+        ([*flags(), "--init_from=resume"], "nothing to resume"),
+        ([*flags(), f"--out_dir={read_only}/x"], "can't be written to"),
+        ([*flags(), "--device=tpu"], "--device=tpu"),
+        ([*flags(), "--dtype=float16"], "--dtype=float16"),
+    ]
+    # One process for all of them, through the same door as the command line.
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
+        "import train\nfrom config._cli import run\n"
+        "for argv in eval(sys.stdin.read()):\n"
+        "    sys.argv[1:] = argv\n"
+        "    try: run(train.main)\n"
+        "    except SystemExit as exit: print('exit code', exit.code, file=sys.stderr)\n"
+    )
+    done = command("-c", code, input=repr([argv for argv, _ in cases]), check=0)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 * len(cases) and done.stdout == ""
+    for (argv, words), line, exit_code in zip(cases, lines[::2], lines[1::2], strict=True):
+        assert line.startswith("train.py: ") and words in line, argv
+        assert exit_code == "exit code 2"
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path):
+    """A file-size limit stands in for the disk: the second save fails in the middle."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
+        "import resource, signal, checkpoint, train\nfrom config._cli import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "save = checkpoint.save\n"
+        "def tight(path, state, best=None):\n"
+        "    if state['step'] == 40: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "    save(path, state, best)\n"
+        "checkpoint.save = tight\nrun(train.main)\n"
+    )
+    done = command("-c", code, *flags(), check=2)
+    assert done.stderr.startswith("train.py: can't write") and "File too large" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 20
+    assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "last.pt", "metrics.csv"]
+
+
+def test_a_closed_pipe_is_silent(flags, tmp_path):
+    assert train.main(flags(max_iters=2)) == 0
+    shell = f"{sys.executable} sample.py --out_dir={tmp_path / 'run'} --device=cpu --max_new_tokens=20000 | head -c 5"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], cwd=ROOT, env=ENV, capture_output=True, timeout=60)
+    assert len(done.stdout) == 5 and done.stderr == b""
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "prepare", "model", "checkpoint"])
+def test_importing_does_nothing(module, tmp_path):
+    code = (
+        f"import sys, os, random, signal; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch\n"
+        "before = (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), random.getstate(),\n"
+        "          signal.getsignal(signal.SIGINT), dict(os.environ))\n"
+        f"import {module}\n"
+        "assert before == (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),\n"
+        "                  random.getstate(), signal.getsignal(signal.SIGINT), dict(os.environ))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and os.listdir(tmp_path) == []

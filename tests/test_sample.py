@@ -1,0 +1,126 @@
+"""sample.py: from a checkpoint alone, the same text for the same seed, one line for each mistake."""
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import train
+from config._errors import UserError
+
+
+@pytest.fixture(scope="session")
+def runs(data_dir, tmp_path_factory):
+    """out_dirs of a trained stream model and a trained document model."""
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("runs")
+    for dataset in ("prose", "words"):
+        options = TINY | {"dataset": dataset, "data_dir": data_dir, "out_dir": folder / dataset}
+        assert train.main([f"--{key}={value}" for key, value in options.items()]) == 0
+    return folder
+
+
+def write(capsys, runs, name, *flags):
+    capsys.readouterr()
+    sample.main([f"--out_dir={runs / name}", "--device=cpu", *flags])
+    return capsys.readouterr().out
+
+
+def test_a_stream(runs, capsys):
+    out = write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50")
+    texts = out.split("\n---------------\n")
+    assert len(texts) == 4 and texts[3] == ""
+    assert all(text.startswith("the ") and len(text) == 54 for text in texts[:3]) and len(set(texts)) == 4
+    assert out == write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50")
+    assert out != write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50", "--seed=2")
+
+
+def test_documents_are_a_line_each_and_end_by_themselves(runs, capsys):
+    lines = write(capsys, runs, "words", "--num_samples=40").splitlines()
+    assert len(lines) == 40 and all(set(line) <= set("etaoinshrdlu") for line in lines)
+    assert len({len(line) for line in lines}) > 3
+    lines = write(capsys, runs, "words", "--num_samples=5", "--start=sh").splitlines()
+    assert len(lines) == 5 and all(line.startswith("sh") for line in lines)
+
+
+def test_greedy_text_is_the_models_own(runs, capsys):
+    """Against a loop over the whole model's argmax."""
+    out = write(capsys, runs, "prose", "--start=the", "--num_samples=1", "--max_new_tokens=12", "--temperature=0")
+    state = checkpoint.load(runs / "prose" / "best.pt")
+    model = checkpoint.load_model(state, "").eval()
+    tokenizer = sample.find_tokenizer(state, None, "")
+    ids = torch.tensor(tokenizer.encode("the").tolist())[None]
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(ids)[0][:, -1:].argmax(-1)], 1)
+    assert out == tokenizer.decode(ids[0].tolist()) + "\n---------------\n"
+
+
+def test_the_first_sample_comes_as_it_is_drawn(runs):
+    state = checkpoint.load(runs / "prose" / "best.pt")
+    pieces = []
+    config = sample.SampleConfig(num_samples=2, max_new_tokens=20, device="cpu", start="a")
+    machine = sample.pick_machine(config)
+    tokenizer = sample.find_tokenizer(state, config, "")
+    sample.sample(checkpoint.load_model(state, ""), tokenizer, "a", config, machine, pieces.append)
+    assert pieces[0] == "a" and all(len(piece) == 1 for piece in pieces[1:21]) and len(pieces) == 23
+
+
+def test_prompts(runs, capsys, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the nude ", encoding="utf-8")
+    one = ["--num_samples=1", "--max_new_tokens=20"]
+    from_file = write(capsys, runs, "prose", f"--start=FILE:{prompt}", *one)
+    assert from_file == write(capsys, runs, "prose", "--start=the nude ", *one)
+    long = "the " * 40  # longer than the block: its tail is used
+    assert write(capsys, runs, "prose", f"--start={long}", *one).startswith(long)
+    assert write(capsys, runs, "prose", *one)  # no prompt
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--start=ÄZ~"], ["'Z'", "'~'", "'Ä'", "not in the vocabulary"]),
+        (["--start=FILE:nowhere.txt"], ["nowhere.txt", "No such file"]),
+        (["--out_dir=nowhere"], ["nowhere", "best.pt", "--ckpt"]),
+        (["--ckpt=nowhere.pt"], ["nowhere.pt: no such checkpoint"]),
+        (["--top_p=2"], ["--top_p=2.0"]),
+        (["--temperature=-1"], ["--temperature=-1.0"]),
+        (["--num_samples=0"], ["--num_samples=0"]),
+        (["config/names.py"], ["config/names.py", "--key=value"]),
+        (["--strat=x"], ["did you mean start?"]),
+        (["--device=gpu"], ["--device=gpu"]),
+    ],
+)
+def test_mistakes(runs, capsys, flags, words):
+    with pytest.raises(UserError) as error:
+        write(capsys, runs, "prose", *flags)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_without_cuda(runs, capsys):
+    with pytest.raises(UserError, match="--device=cuda: torch finds no CUDA here; use --device=cpu"):
+        write(capsys, runs, "prose", "--device=cuda")
+
+
+def test_a_nanogpt_run_samples_with_the_dataset_prepared_here(runs, data_dir, tmp_path, capsys):
+    ours = checkpoint.load(runs / "prose" / "best.pt")
+    shape = {key: ours["config"][key] for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
+    theirs = {
+        "model": {f"_orig_mod.{name}": tensor for name, tensor in ours["model"].items()},
+        "model_args": shape | {"vocab_size": ours["vocab_size"]},
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(2.0),
+        "config": {"dataset": "prose"},
+    }
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    one = ["--num_samples=2", "--max_new_tokens=30", "--start=the"]
+    expected = write(capsys, runs, "prose", *one)
+    assert write(capsys, tmp_path, "", f"--data_dir={data_dir}", *one) == expected
+    theirs["model_args"]["vocab_size"] = 14
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="14 ids, but .*prose has 13"):
+        write(capsys, tmp_path, "", f"--data_dir={data_dir}", *one)

@@ -1,0 +1,381 @@
+"""train.py: exact resumes, the schedule and optimizers against their formulas, evaluation against one big batch."""
+
+import csv
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train
+from config._errors import UserError
+from config._machine import pick_machine
+from config._schema import TrainConfig
+from model import GPT
+
+
+def run(flags):
+    assert train.main(flags) == 0
+
+
+def rows(flags):
+    """metrics.csv without its last two columns, which are times."""
+    with open(out_dir(flags) / "metrics.csv", encoding="utf-8") as file:
+        return [row[:-2] for row in csv.reader(file)]
+
+
+def out_dir(flags):
+    return Path(next(flag for flag in flags if flag.startswith("--out_dir=")).partition("=")[2])
+
+
+def last(flags):
+    return checkpoint.load(out_dir(flags) / "last.pt")
+
+
+def same(a, b):
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+TRAINED = ("model", "ema", "optimizers", "step", "best_val_loss", "evals_since_best", "losses")
+
+
+def assert_same_run(one, other):
+    one_state, other_state = last(one), last(other)
+    for key in TRAINED:
+        assert same(one_state[key], other_state[key]), key
+    assert rows(one) == rows(other)
+
+
+RUNS = {
+    "adamw": {},
+    "muon": {"optimizer": "muon"},
+    "dropout": {"dropout": 0.2},
+    "accumulation": {"gradient_accumulation_steps": 3, "dropout": 0.1},
+    "ema": {"ema_decay": 0.9, "optimizer": "muon", "dropout": 0.1},
+    "documents": {"dataset": "words", "dropout": 0.1},
+    "bfloat16": {"dtype": "bfloat16", "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS.keys())
+def test_40_steps_are_20_and_20_more(flags, tmp_path, options):
+    whole = flags(**options, out_dir=tmp_path / "whole")
+    parts = flags(**options, out_dir=tmp_path / "parts")
+    run(whole)
+    run([*parts, "--max_iters=20"])
+    assert last(parts)["step"] == 20
+    run([*parts, "--init_from=resume"])
+    assert_same_run(whole, parts)
+    assert last(whole)["step"] == 40 and [row[0] for row in rows(whole)] == ["step", "20", "40"]
+
+
+def test_evaluating_more_often_changes_no_step(flags, tmp_path):
+    often = flags(out_dir=tmp_path / "often", eval_interval=7, eval_samples=2, dropout=0.2)
+    seldom = flags(out_dir=tmp_path / "seldom", eval_interval=40, dropout=0.2)
+    run(often), run(seldom)
+    for key in ("model", "optimizers"):
+        assert same(last(often)[key], last(seldom)[key])
+    assert rows(often)[-1][3] == rows(seldom)[-1][3]  # the last val loss
+    # The rows' train losses are means over the steps between them, so together they are the mean over all.
+    steps = np.diff([0] + [int(row[0]) for row in rows(often)[1:]])
+    mean = np.average([float(row[2]) for row in rows(often)[1:]], weights=steps)
+    assert mean == pytest.approx(float(rows(seldom)[1][2]), abs=1e-12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_resumes(flags, tmp_path, monkeypatch, number):
+    """In the middle of a row of metrics.csv, whose train loss has to remember the steps before the signal."""
+    whole, parts = flags(out_dir=tmp_path / "whole", dropout=0.1), flags(out_dir=tmp_path / "parts", dropout=0.1)
+    run(whole)
+    step = train.train_step
+
+    def signalled(*args):
+        if args[2] == 26:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    before = signal.getsignal(number)
+    assert train.main(parts) == 128 + number
+    assert signal.getsignal(number) is before
+    monkeypatch.undo()
+    assert last(parts)["step"] == 27 and len(last(parts)["losses"]) == 7
+    run([*parts, "--init_from=resume"])
+    assert_same_run(whole, parts)
+
+
+def test_accumulation_is_the_large_batch(flags, tmp_path):
+    for dataset in ("prose", "words"):
+        losses = []
+        for batch_size, accumulated in ((12, 1), (4, 3)):
+            run_flags = flags(
+                dataset=dataset,
+                out_dir=tmp_path / f"{dataset}{batch_size}",
+                batch_size=batch_size,
+                gradient_accumulation_steps=accumulated,
+            )
+            run(run_flags)
+            losses.append([float(row[2]) for row in rows(run_flags)[1:]])
+        np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
+
+
+def test_exactly_max_iters_steps_and_a_checkpoint_for_the_shortest_run(flags, monkeypatch):
+    steps = []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: steps.append(args[2]) or step(*args))
+    run(flags(max_iters=3))
+    assert steps == [0, 1, 2] and last(flags())["step"] == 3 and (out_dir(flags()) / "best.pt").exists()
+    assert [row[0] for row in rows(flags())] == ["step", "3"]
+
+
+def test_a_finished_run_has_nothing_to_resume_and_says_so(flags, capsys):
+    run(flags(max_iters=3))
+    before = (out_dir(flags()) / "last.pt").read_bytes()
+    run(flags(max_iters=3, init_from="resume"))
+    assert "raise --max_iters" in capsys.readouterr().err
+    assert (out_dir(flags()) / "last.pt").read_bytes() == before
+
+
+def test_auto_starts_and_then_resumes(flags, tmp_path):
+    run(flags(init_from="auto", max_iters=20))
+    run(flags(init_from="auto"))
+    run(flags(out_dir=tmp_path / "whole"))
+    assert_same_run(flags(), flags(out_dir=tmp_path / "whole"))
+
+
+def test_options_on_resume(flags, tmp_path):
+    """The run's own options hold; what is given again overrides; a config file does not undo an earlier flag."""
+    file = tmp_path / "run.py"
+    names = [flag.removeprefix("--").partition("=") for flag in flags()]
+    file.write_text("".join(f"{key} = {value!r}\n" for key, _, value in names), encoding="utf-8")
+    run([str(file), "--weight_decay=0.3", "--max_iters=10"])
+    run([f"--out_dir={out_dir(flags())}", "--init_from=resume", "--max_iters=12"])  # without the file
+    assert last(flags())["config"]["weight_decay"] == 0.3 and last(flags())["config"]["n_embd"] == 16
+    run([str(file), "--init_from=resume", "--max_iters=14", "--beta2=0.9"])
+    state = last(flags())
+    assert state["config"]["weight_decay"] == 0.3 and state["config"]["max_iters"] == 14
+    assert state["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.3
+    assert state["optimizers"][0]["param_groups"][0]["betas"] == (0.9, 0.9)
+    with pytest.raises(UserError, match="--n_layer=1: .*last.pt has n_layer=2, which can't change"):
+        train.main([str(file), "--init_from=resume", "--n_layer=1"])
+    with pytest.raises(UserError, match="--optimizer=muon"):
+        train.main([str(file), "--init_from=resume", "--optimizer=muon"])
+    with pytest.raises(UserError, match="--ema_decay=0.5"):
+        train.main([str(file), "--init_from=resume", "--ema_decay=0.5"])
+    with pytest.raises(UserError, match="--dataset=words: its vocabulary"):
+        train.main([str(file), "--init_from=resume", "--dataset=words", "--max_iters=20"])
+
+
+def test_another_run_is_not_overwritten(flags):
+    run(flags(max_iters=2))
+    before = (out_dir(flags()) / "last.pt").read_bytes()
+    for again in (flags(max_iters=3), flags(max_iters=3, init_from=out_dir(flags()) / "best.pt")):
+        with pytest.raises(UserError, match="--overwrite=True"):
+            train.main(again)
+    assert (out_dir(flags()) / "last.pt").read_bytes() == before
+    run(flags(max_iters=3, overwrite=True))
+    assert last(flags())["step"] == 3 and [row[0] for row in rows(flags())] == ["step", "3"]
+
+
+def test_fine_tuning_starts_from_the_weights_alone(flags, tmp_path, capsys):
+    run(flags(ema_decay=0.5))
+    tuned = [flag for flag in flags(out_dir=tmp_path / "tuned") if not flag.startswith(("--n_", "--block"))]
+    tuned.append(f"--init_from={out_dir(flags()) / 'last.pt'}")
+    capsys.readouterr()
+    run([*tuned, "--eval_only"])
+    assert f"val loss {float(rows(flags())[-1][3]):.4f}" in capsys.readouterr().out
+    assert not (tmp_path / "tuned").exists()
+    run([*tuned, "--max_iters=1", "--learning_rate=1e-12", "--min_lr=0"])
+    state = checkpoint.load(tmp_path / "tuned" / "last.pt")
+    assert state["step"] == 1 and state["config"]["n_embd"] == 16
+    source = last(flags())["ema"]
+    assert all(torch.allclose(state["model"][key], source[key], atol=1e-6) for key in source)
+    with pytest.raises(UserError, match="--n_layer=3: .* has n_layer=2"):
+        train.main([*tuned, "--n_layer=3"])
+    with pytest.raises(UserError, match="no such checkpoint"):
+        train.main([*flags(), "--init_from=gpt2"])
+
+
+def test_eval_only_gives_the_checkpoints_loss(flags, capsys):
+    run(flags())
+    capsys.readouterr()
+    run(flags(init_from="resume", eval_only=True))
+    assert f"step 40: val loss {float(rows(flags())[-1][3]):.4f}, perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", ["prose", "words"])
+def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
+    config = TrainConfig(**train.read_args(flags(dataset=dataset), TrainConfig, "")[1])
+    machine = pick_machine(config)
+    data, _, val = train.open_data(config, None, machine)
+    torch.manual_seed(0)
+    model = GPT(config, data.tokenizer.vocab_size)
+    tokens = np.array(data.val)
+    total, count = 0.0, 0
+    if dataset == "prose":
+        pieces = [tokens[i : i + 17] for i in range(0, len(tokens) - 1, 16)]
+    else:
+        pieces = np.split(np.append(tokens, data.tokenizer.bos), np.flatnonzero(tokens == data.tokenizer.bos)[1:])
+        pieces = [np.append(piece[piece != 99], data.tokenizer.bos)[: len(piece) + 1] for piece in pieces]
+        pieces[-1] = pieces[-1][:-1]
+    for piece in pieces:  # one at a time, without padding
+        piece = torch.tensor(piece.astype(np.int64))[None]
+        logits = model(piece[:, :-1])[0]
+        total += torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum").item()
+        count += piece.size(1) - 1
+    assert count == (len(tokens) - 1 if dataset == "prose" else len(tokens))
+    assert train.evaluate(model, val, config, machine) == pytest.approx(total / count, abs=1e-6)
+    assert model.training
+
+
+def test_schedules_by_formula():
+    """nanoGPT's get_lr for cosine; the others by hand."""
+
+    def config(**options):
+        return TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=20, **options)
+
+    for step in range(4):
+        assert train.learning_rate(step, config()) == pytest.approx((step + 1) / 5)
+    for step in range(4, 21):
+        expected = 0.1 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)) * 0.9
+        assert train.learning_rate(step, config()) == pytest.approx(expected)
+        assert train.learning_rate(step, config(schedule="linear")) == pytest.approx(1 - 0.9 * (step - 4) / 16)
+        assert train.learning_rate(step, config(schedule="constant")) == 1.0
+        wsd = 1.0 if step < 16 else 1 - 0.9 * (step - 16) / 4
+        assert train.learning_rate(step, config(schedule="wsd")) == pytest.approx(wsd)
+    assert train.learning_rate(50, config()) == pytest.approx(0.1)
+    assert train.learning_rate(10, config(lr_decay_iters=10)) == pytest.approx(0.1)
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    for optimizer in ("adamw", "muon"):
+        config = TrainConfig(
+            optimizer=optimizer, n_layer=2, n_head=2, n_embd=16, block_size=8, bias=True, weight_decay=0.25
+        )
+        model = GPT(config, 11)
+        optimizers = train.make_optimizers(model, config)
+        groups = [group for one, _ in optimizers for group in one.param_groups]
+        grouped = [parameter for group in groups for parameter in group["params"]]
+        assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+        for group in groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0.25 if parameter.dim() == 2 else 0.0)
+        kinds = [type(one).__name__ for one, _ in optimizers]
+        assert kinds == (["AdamW"] if optimizer == "adamw" else ["AdamW", "Muon"])
+    in_muon = {id(parameter) for parameter in optimizers[1][0].param_groups[0]["params"]}
+    assert in_muon == {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+
+
+def test_a_step_is_adamw_by_formula(flags):
+    """One step from zero moments, written out: w ← w (1 - lr λ) - lr g / (|g| + ε), with g clipped to norm 1."""
+    config = TrainConfig(**train.read_args(flags(grad_clip=0.5), TrainConfig, "")[1])
+    machine = pick_machine(config)
+    data, batches, _ = train.open_data(config, None, machine)
+    torch.manual_seed(0)
+    model = GPT(config, data.tokenizer.vocab_size)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, [(x, y, _)] = batches.step(0)
+    loss = model(x, y)[1]
+    gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
+    assert norm > 0.5  # so that clipping bites
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    got, got_norm, tokens = train.train_step(
+        model, batches, 0, train.make_optimizers(model, config), scaler, config, machine
+    )
+    assert got.item() == pytest.approx(loss.item(), abs=1e-6) and got_norm.item() == pytest.approx(norm, rel=1e-5)
+    assert tokens == 64
+    lr = 1e-2 / 5  # the first of four warm-up steps
+    for name, parameter in model.named_parameters():
+        g = gradients[name] * (0.5 / (norm + 1e-6))
+        decayed = before[name] * (1 - lr * 0.1 * (parameter.dim() == 2))
+        torch.testing.assert_close(parameter.detach(), decayed - lr * g / (g.abs() + 1e-8), atol=2e-6, rtol=1e-4)
+
+
+def test_ema_by_formula(flags, monkeypatch):
+    weights = []
+    step = train.train_step
+
+    def recorded(model, *args):
+        result = step(model, *args)
+        weights.append(model.lm_head.weight.detach().clone())
+        return result
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    run(flags(ema_decay=0.8, max_iters=10))
+    average = weights[0]
+    for weight in weights[1:]:
+        average = 0.8 * average + 0.2 * weight
+    torch.testing.assert_close(last(flags())["ema"]["lm_head.weight"], average)
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in last(flags())["ema"])
+
+
+def test_a_non_finite_step_stops_and_keeps_the_checkpoint(flags, monkeypatch):
+    step = train.train_step
+
+    def spoilt(*args):
+        loss, norm, tokens = step(*args)
+        return (loss * math.nan if args[2] == 24 else loss), norm, tokens
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    with pytest.raises(UserError, match="step 25: loss nan"):
+        train.main(flags())
+    assert last(flags())["step"] == 20 and [row[0] for row in rows(flags())] == ["step", "20"]
+    monkeypatch.setattr(train, "train_step", lambda *args: (lambda a, b, c: (a, b / 0, c))(*step(*args)))
+    with pytest.raises(UserError, match="step 21: loss .*gradient norm inf"):
+        train.main(flags(init_from="resume"))
+    assert last(flags())["step"] == 20
+
+
+def test_patience_stops_early_and_best_is_never_replaced_by_worse(flags, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 2.1, 1.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    run(flags(eval_interval=5, patience=3))
+    assert last(flags())["step"] == 25 and last(flags())["evals_since_best"] == 3
+    best = checkpoint.load(out_dir(flags()) / "best.pt")
+    assert best["step"] == 10 and best["best_val_loss"] == 2.0
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_samples_at_evaluations_and_at_the_end(flags, capsys):
+    run(flags(dataset="words", eval_samples=2, final_samples=5, sample_tokens=12, log_interval=100))
+    out = capsys.readouterr().out.splitlines()
+    plain = [line for line in out if not line.startswith(("step", "best")) and "parameters" not in line]
+    assert len(plain) == 2 * 2 + 5
+    assert all(len(line) <= 12 and line.isalpha() or line == "" for line in plain)
+
+
+def test_a_compiler_that_fails_is_one_line_and_training_goes_on(flags, monkeypatch, capsys):
+    def compiler(model):
+        def fails(x, y):
+            raise RuntimeError("no compiler here\nand a long story")
+
+        return fails
+
+    run(flags())
+    expected = last(flags())["model"]
+    monkeypatch.setattr(torch, "compile", compiler)
+    run(flags(compile=True, overwrite=True))
+    assert "note: torch.compile failed (no compiler here); training goes on uncompiled\n" in capsys.readouterr().err
+    assert same(last(flags())["model"], expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_uncompiled_run(flags, tmp_path):
+    run(flags())
+    run(flags(compile=True, out_dir=tmp_path / "compiled"))
+    compiled = last(flags(out_dir=tmp_path / "compiled"))["model"]
+    assert compiled.keys() == last(flags())["model"].keys()
+    for name, weight in last(flags())["model"].items():
+        torch.testing.assert_close(compiled[name], weight, atol=1e-4, rtol=1e-3)
