@@ -20,5 +20,5 @@ min_lr = 1e-4
 warmup_iters = 100
 beta2 = 0.99
 
-eval_interval = 250
+eval_interval = 500
 log_interval = 10

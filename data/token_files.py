@@ -15,6 +15,7 @@ import json
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import chain, compress, repeat
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,8 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
             splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
             for piece in text.pieces(again := hashlib.sha256()):
                 if documents:
-                    sides = [[], []]
-                    for document in piece:
-                        sides[in_val(document, moved)].append(document)
-                    ids = [tokenizer.encode(joined(side)) for side in sides]
+                    val_side = in_val(piece, moved)
+                    ids = [tokenizer.encode(joined(compress(piece, side))) for side in (~val_side, val_side)]
                 else:
                     ids = tokenizer.encode(piece)
                     ids = np.split(ids, [max(0, tokens * 9 // 10 - splits["train"].tokens)])
@@ -104,35 +103,41 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
 def survey(text, kind, digest):
     """The first reading. → tokenizer, number of tokens, the document that changes sides or None"""
     known, tokens = np.zeros(sys.maxunicode + 1, bool), 0
-    least = most = None  # the first and the last document in sorted order
-    filled = set()  # the splits that have a document
+    filled, ends = set(), []  # the splits that have a document; the first and the last document in sorted order
     for piece in text.pieces(digest):
         if text.documents:
-            least, most = min([*piece, least or piece[0]]), max([*piece, most or piece[0]])
-            filled |= set() if len(filled) == 2 else {in_val(document) for document in piece}
+            if len(filled) < 2:
+                filled |= set(in_val(piece).tolist())
+                ends = [min(piece + ends), max(piece + ends)]
             piece = joined(piece)
         if kind == "char":
-            known[code_points(piece)] = True
+            codes = code_points(piece)
+            if not known.take(codes).all():  # cheaper than to mark what is known already
+                known[codes] = True
         tokens += len(piece) if kind == "char" else len(piece.encode())
     if tokens == 0:
         raise UserError(f"{text.path}: there is no text in it")
-    if text.documents and least == most:
-        raise UserError(f"{text.path}: all in one document, but two splits need two that differ; see --documents")
+    if text.documents and len(set(ends)) == 1:
+        raise UserError(f"{text.path}: holds one document, but train and val need two that differ")
     if tokens == 1:
-        raise UserError(f"{text.path}: one token, but two splits need two at least")
+        raise UserError(f"{text.path}: holds one token, but train and val need two at least")
     chars = map(chr, np.flatnonzero(known))
     tokenizer = CharTokenizer(chars, text.documents) if kind == "char" else ByteTokenizer(text.documents)
-    return tokenizer, tokens, most if text.documents and len(filled) == 1 else None
+    return tokenizer, tokens, ends[1] if len(filled) == 1 else None
 
 
-def in_val(document, moved=None):
-    """Whether a document is for validation. `moved` is the one that changes sides where a split would be empty."""
-    return (zlib.crc32(document.encode()) % 10 == 0) != (document == moved)
+def in_val(documents, moved=None):
+    """Which of `documents` are for validation, (len(documents),) bool.
+
+    `moved`, if any, is the one that changes sides because a split would be empty otherwise.
+    """
+    sums = np.fromiter(map(zlib.crc32, map(str.encode, documents)), np.uint32, len(documents))
+    return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
 
 
 def joined(documents):
     """Documents → the text that a tokenizer of documents encodes as `BOS a b c BOS d e …`."""
-    return "".join(["\n" + document for document in documents])
+    return "".join(chain.from_iterable(zip(repeat("\n"), documents)))
 
 
 class TextFile:
@@ -151,7 +156,7 @@ class TextFile:
             *lines, rest = (rest + text).split("\n")
             if len(rest) > LONGEST_DOCUMENT:
                 raise UserError(f"{self.path}: a line is longer than {LONGEST_DOCUMENT:,} characters; see --documents")
-            if lines := [line for line in lines if line.strip()]:
+            if lines := list(filter(str.strip, lines)):
                 yield lines
         if rest.strip():
             yield [rest]
@@ -248,7 +253,7 @@ def open_split(path, dtype, tokens, sha256, vocab_size):
     size = path.stat().st_size
     if size == 0 or size != tokens * dtype.itemsize:
         raise ValueError(f"has {size:,} bytes, but meta.json says {tokens} tokens of {dtype.itemsize} bytes")
-    ids = np.memmap(path, dtype, mode="r")
+    ids = np.memmap(path, dtype, mode="c")  # copy on write: torch warns of memory that it may not write
     if size <= HASHED_BYTES:
         if hashlib.sha256(ids).hexdigest() != sha256:
             raise ValueError("its SHA-256 is not the one in meta.json")

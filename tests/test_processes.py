@@ -37,7 +37,7 @@ def losses(folder):
 
 def test_a_run_killed_20_times_ends_as_the_undisturbed_one(flags, tmp_path):
     options = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 4, "dropout": 0.1, "optimizer": "muon"}
-    assert train.main(flags(**options, out_dir=tmp_path / "whole")) == 0
+    command("train.py", *flags(**options, out_dir=tmp_path / "whole"), check=0)  # the same number of threads
     killed = flags(**options, out_dir=tmp_path / "killed", init_from="auto")
     done = command("tests/killed_run.py", 20, 1, *killed, check=0)
     assert "killed 20 times" in done.stdout and done.stderr == ""
@@ -174,11 +174,10 @@ def test_importing_does_nothing(module, tmp_path):
     code = (
         f"import sys, os, random, signal; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch\n"
-        "before = (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), random.getstate(),\n"
-        "          signal.getsignal(signal.SIGINT), dict(os.environ))\n"
-        f"import {module}\n"
-        "assert before == (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),\n"
-        "                  random.getstate(), signal.getsignal(signal.SIGINT), dict(os.environ))\n"
+        "def state():\n"
+        "    settings = (torch.get_num_threads(), torch.get_default_dtype(), signal.getsignal(signal.SIGINT))\n"
+        "    return torch.get_rng_state().tolist(), random.getstate(), settings, dict(os.environ)\n"
+        f"before = state()\nimport {module}\nassert state() == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and os.listdir(tmp_path) == []
