@@ -17,6 +17,7 @@ from config._schema import PrepareConfig
 from data.corpora import CORPORA
 
 USAGE = f"python prepare.py {' | '.join(CORPORA)}, or python prepare.py --input=my.txt --dataset=mine"
+UNITS = {"char": "characters", "byte": "bytes"}
 
 
 def read_options(argv):
@@ -82,7 +83,7 @@ def report(folder, meta, data_dir):
     name, kind, ids = folder.name, meta["tokenizer"]["kind"], meta["tokenizer"].get("chars", range(256))
     for split, values in meta["splits"].items():
         print(f"{split + ':':12}{values['tokens']:,} tokens")
-    print(f"{'vocabulary:':12}{len(ids):,} {kind}s{' and BOS' if meta['documents'] else ''}")
+    print(f"{'vocabulary:':12}{len(ids):,} {UNITS[kind]}{' and BOS' if meta['documents'] else ''}")
     print(f"{'written to:':12}{folder}")
     command = f"python train.py config/{name}.py"
     if name not in CORPORA:

@@ -66,10 +66,10 @@ def locate(corpus, input="", data_dir="data"):
         return verify(Path(input), corpus, "give another --input, or none to have it downloaded")
     if folder := os.environ.get("QUILL_CORPORA"):
         path = Path(folder) / corpus.file
-        if path.is_file():
+        if os.path.isfile(path):
             return verify(path, corpus, "mend or unset the environment variable QUILL_CORPORA")
     path = Path(data_dir) / corpus.name / "source.txt"
-    if path.is_file():
+    if os.path.isfile(path):
         return verify(path, corpus, "delete it to have it downloaded again")
     return download(corpus, path)
 

@@ -12,10 +12,12 @@ import codecs
 import hashlib
 import io
 import json
+import operator
+import os
 import sys
 import zlib
 from dataclasses import dataclass
-from itertools import chain, compress, repeat
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ class Dataset:
 
 def ensure(dataset, data_dir="data", say=lambda line: print(line, file=sys.stderr)):
     """Prepare `dataset` if it is a known corpus that isn't there yet."""
-    if dataset in CORPORA and not (Path(data_dir) / dataset / "meta.json").is_file():
+    if dataset in CORPORA and not os.path.isfile(Path(data_dir) / dataset / "meta.json"):
         say(f"{dataset} is not prepared yet: writing it to {Path(data_dir) / dataset}")
         prepare_corpus(CORPORA[dataset], data_dir)
 
@@ -67,9 +69,9 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
     The text is read twice: first for its vocabulary and length, then to be encoded.
     """
     source, out = Path(source), Path(out)
-    if not source.is_file():
+    if not os.path.isfile(source):  # unlike Path.is_file, it answers for what it may not look at too
         raise UserError(
-            f"{source}: {'not a regular file' if source.exists() else 'no such file'}; --input=FILE names a text"
+            f"{source}: {'not a regular file' if os.path.exists(source) else 'no such file'}; --input=FILE names a text"
         )
     with tqdm(total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="prepare", disable=None) as bar:
         text, digest = TextFile(source, documents, bar), hashlib.sha256()
@@ -137,7 +139,7 @@ def in_val(documents, moved=None):
 
 def joined(documents):
     """Documents → the text that a tokenizer of documents encodes as `BOS a b c BOS d e …`."""
-    return "".join(chain.from_iterable(zip(repeat("\n"), documents)))
+    return "\n".join(["", *documents])
 
 
 class TextFile:
@@ -218,45 +220,43 @@ def open_dataset(data_dir, dataset):
     command = f"python prepare.py {dataset if dataset in CORPORA else f'--input=FILE --dataset={dataset}'}"
     command = f"`{command}`" if Path(data_dir) == Path("data") else f"`{command} --data_dir={data_dir}`"
     path = folder / "meta.json"
-    if not dataset or not path.is_file():
+    if not dataset or not os.path.isfile(path):
         known = {path.parent.name for path in Path(data_dir).glob("*/meta.json")} | set(CORPORA)
         guess = "" if dataset in CORPORA else did_you_mean(dataset, sorted(known))
         raise UserError(f"--dataset={dataset}: there is no {path}{guess}; {command} writes it")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] > FORMAT:
-            raise UserError(
-                f"{path}: format {meta['format']} is newer than {FORMAT}, which this quill reads; update it"
-            )
+            raise UserError(f"format {meta['format']} is newer than {FORMAT}, which this quill reads: update it")
         dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
         tokenizer = from_json(meta["tokenizer"])
         if meta["documents"] is not tokenizer.documents:
             raise ValueError("documents and tokenizer contradict each other")
-        expected = [(meta["splits"][name]["tokens"], meta["splits"][name]["sha256"]) for name in ("train", "val")]
+        expected = [(name, operator.index(split["tokens"]), split["sha256"]) for name, split in meta["splits"].items()]
+        if [name for name, _, _ in expected] != ["train", "val"]:
+            raise ValueError("the splits are not train and val")
+        splits = []
+        for name, tokens, sha256 in expected:
+            path = folder / f"{name}.bin"
+            splits.append(open_split(path, dtype, tokens, sha256, tokenizer.vocab_size))
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: {error.strerror}; {command} writes it again") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {command} writes it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {command} writes it again") from None
-    splits = []
-    for name, (tokens, sha256) in zip(("train", "val"), expected, strict=True):
-        try:
-            splits.append(open_split(folder / f"{name}.bin", dtype, tokens, sha256, tokenizer.vocab_size))
-        except OSError as error:
-            raise UserError(f"{folder / name}.bin: {error.strerror}; {command} writes it again") from None
-        except ValueError as error:
-            raise UserError(f"{folder / name}.bin: {error}; {command} writes it again") from None
-    return Dataset(dataset, tokenizer, meta["documents"], *splits, meta)
+    return Dataset(dataset, tokenizer, tokenizer.documents, *splits, meta)
 
 
 def open_split(path, dtype, tokens, sha256, vocab_size):
-    """A .bin, memory-mapped (tokens,). A ValueError says how it is not what meta.json describes."""
+    """A .bin, memory-mapped (tokens,). A UserError says how it is not what meta.json describes."""
     size = path.stat().st_size
     if size == 0 or size != tokens * dtype.itemsize:
-        raise ValueError(f"has {size:,} bytes, but meta.json says {tokens} tokens of {dtype.itemsize} bytes")
-    ids = np.memmap(path, dtype, mode="c")  # copy on write: torch warns of memory that it may not write
+        raise UserError(f"has {size:,} bytes, but meta.json says {tokens:,} tokens of {dtype.itemsize} bytes")
+    ids = np.memmap(path, dtype, mode="r")
     if size <= HASHED_BYTES:
         if hashlib.sha256(ids).hexdigest() != sha256:
-            raise ValueError("its SHA-256 is not the one in meta.json")
+            raise UserError("its SHA-256 is not the one in meta.json")
         if (largest := ids.max()) >= vocab_size:
-            raise ValueError(f"holds the id {largest}, but meta.json's vocabulary has {vocab_size}")
+            raise UserError(f"holds the id {largest}, but the vocabulary in meta.json has {vocab_size}")
     return ids

@@ -1,0 +1,152 @@
+import hashlib
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from config._errors import UserError
+from data import corpora
+from data.corpora import CORPORA, Corpus, locate, replacing
+
+TEXT = b"It was the best of times, it was the worst of times.\n" * 50_000  # several chunks
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        if self.path == "/missing":
+            return self.send_error(404)
+        body = TEXT[:-1] + b"?" if self.path == "/wrong" else TEXT
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/ok")
+            return self.end_headers()
+        self.send_response(200)
+        if self.path != "/unsized":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if self.path == "/truncated" else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "QUILL_CORPORA"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests = 0
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        server.corpus = Corpus(
+            name="tale",
+            file="tale.txt",
+            url=f"http://127.0.0.1:{server.server_port}/ok",
+            sha256=hashlib.sha256(TEXT).hexdigest(),
+            origin="a test",
+        )
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def at(server, path):
+    return replace(server.corpus, url=server.corpus.url.replace("/ok", path))
+
+
+@pytest.mark.parametrize("path", ["/ok", "/moved", "/unsized"])
+def test_download(server, tmp_path, path, capsys):
+    found = locate(at(server, path), data_dir=tmp_path)
+    assert found == tmp_path / "tale" / "source.txt" and found.read_bytes() == TEXT
+    assert [file.name for file in found.parent.iterdir()] == ["source.txt"]
+    assert capsys.readouterr() == ("", "")  # no progress bar where stderr is no terminal
+    requests = server.requests
+    assert locate(server.corpus, data_dir=tmp_path) == found and server.requests == requests  # not a second time
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/missing", "HTTP status 404"),
+        ("/truncated", f"{len(TEXT) // 2:,} of {len(TEXT):,} bytes|IncompleteRead"),
+        ("/wrong", "is not tale: its SHA-256"),
+    ],
+)
+def test_a_bad_download_is_refused_and_removed(server, tmp_path, path, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        locate(at(server, path), data_dir=tmp_path)
+    assert "--input=FILE" in str(caught.value) and "\n" not in str(caught.value)
+    assert list((tmp_path / "tale").iterdir()) == []
+
+
+def test_no_network_says_what_to_do(server, tmp_path, monkeypatch):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match="refused.*download it by hand.*--input=FILE"):
+        locate(server.corpus, data_dir=tmp_path)
+
+
+def test_a_silent_server_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "TIMEOUT", 0.2)
+    monkeypatch.setattr(Handler, "do_GET", lambda self: threading.Event().wait(1))
+    with pytest.raises(UserError, match="timed out.*--input=FILE"):
+        locate(server.corpus, data_dir=tmp_path)
+
+
+def test_the_order_of_the_places(server, tmp_path, monkeypatch):
+    corpus, folder = server.corpus, tmp_path / "corpora"
+    downloaded = locate(corpus, data_dir=tmp_path / "data")
+    assert server.requests == 1
+    folder.mkdir()
+    monkeypatch.setenv("QUILL_CORPORA", str(folder))
+    assert locate(corpus, data_dir=tmp_path / "data") == downloaded  # the folder does not hold it
+    (folder / "tale.txt").write_bytes(TEXT)
+    assert locate(corpus, data_dir=tmp_path / "data") == folder / "tale.txt"
+    (tmp_path / "mine.txt").write_bytes(TEXT)
+    assert locate(corpus, str(tmp_path / "mine.txt"), tmp_path / "data") == tmp_path / "mine.txt"
+    assert server.requests == 1
+
+
+def test_every_place_is_verified(server, tmp_path, monkeypatch):
+    corpus = server.corpus
+    source = tmp_path / "tale" / "source.txt"
+    source.parent.mkdir()
+    source.write_bytes(TEXT + b"!")
+    with pytest.raises(UserError, match=r"is not tale: its SHA-256 is \w{12}…, not \w{12}…; delete it"):
+        locate(corpus, data_dir=tmp_path)
+    with pytest.raises(UserError, match="is not tale.*--input"):
+        locate(corpus, input=str(source), data_dir=tmp_path)
+    with pytest.raises(UserError, match="No such file.*--input"):
+        locate(corpus, input=str(tmp_path / "nowhere"), data_dir=tmp_path)
+    (tmp_path / "tale.txt").write_bytes(b"")
+    monkeypatch.setenv("QUILL_CORPORA", str(tmp_path))
+    with pytest.raises(UserError, match="is not tale.*QUILL_CORPORA"):
+        locate(corpus, data_dir=tmp_path)
+
+
+def test_the_embedded_corpus():
+    lines = locate(CORPORA["names"]).read_text(encoding="ascii").split("\n")
+    names = [line for line in lines if line]
+    assert len(names) >= 1500 and len(set(names)) == len(names)
+    assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
+    with pytest.raises(UserError, match="embedded"):
+        locate(CORPORA["names"], input="other.txt")
+
+
+def test_files_are_replaced_together_or_not_at_all(tmp_path):
+    first, last = tmp_path / "new" / "first", tmp_path / "new" / "last"
+    for content in (b"1", b"2"):
+        with replacing(first, last) as files:
+            for file in files:
+                file.write(content)
+            assert not first.exists() or first.read_bytes() == last.read_bytes() == b"1"
+        assert first.read_bytes() == last.read_bytes() == content
+    with pytest.raises(KeyboardInterrupt), replacing(first, last) as files:
+        files[0].write(b"3")
+        raise KeyboardInterrupt
+    assert first.read_bytes() == last.read_bytes() == b"2"
+    assert len(list(first.parent.iterdir())) == 2
+    with pytest.raises(UserError, match="can't be written to"), replacing(first / "below"):
+        pass

@@ -1,0 +1,35 @@
+"""The figures that configs and README claim, by the real commands on the real text: minutes each, so `slow`."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("QUILL_CORPORA"), reason="QUILL_CORPORA is not set: needs the real corpora"),
+]
+
+
+def train(tmp_path, config, *flags):
+    """`python train.py CONFIG` as shipped. → the rows of metrics.csv, as floats"""
+    argv = [sys.executable, "train.py", config, f"--out_dir={tmp_path / 'run'}", f"--data_dir={tmp_path / 'data'}"]
+    subprocess.run([*argv, "--device=cpu", *flags], cwd=ROOT, check=True, capture_output=True)
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_the_laptop_recipe(tmp_path):
+    """nanoGPT's laptop recipe, evaluated the same way, ends at 1.898."""
+    rows = train(tmp_path, "config/shakespeare_char_cpu.py")
+    assert rows[-1]["step"] == 2000 and rows[-1]["val_loss"] <= 1.90
+
+
+def test_the_first_command(tmp_path):
+    rows = train(tmp_path, "config/names.py")
+    assert rows[-1]["val_loss"] <= 2.36

@@ -1,0 +1,120 @@
+import json
+import random
+
+import numpy as np
+import pytest
+
+from config._errors import UserError
+from data.tokenizers import ByteTokenizer, CharTokenizer, from_json
+
+TEXTS = ["hello\nworld\n", "naïve Straße 日本語 🙂\u2028\x00\x7f", "a\u0301\ufeff\U0010ffff", "", "x" * 1000]
+
+
+def all_kinds(text):
+    return [
+        make(documents) for documents in (False, True) for make in (lambda d: CharTokenizer(text, d), ByteTokenizer)
+    ]
+
+
+def test_char_ids_are_nanogpts():
+    text = "To be, or not to be:\nthat is the question. ß€🙂"
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    tokenizer = CharTokenizer(text)
+    assert tokenizer.encode(text).tolist() == [stoi[char] for char in text]
+    assert tokenizer.vocab_size == len(stoi) and tokenizer.bos is None
+
+
+def test_byte_ids_are_the_utf8():
+    assert ByteTokenizer().encode("aß€").tolist() == list("aß€".encode())
+    assert ByteTokenizer().vocab_size == 256 and ByteTokenizer().bos is None
+
+
+def test_bos_is_the_last_id_and_stands_for_newline():
+    tokenizer = CharTokenizer("anna\nbob", documents=True)
+    assert tokenizer.chars == "abno" and tokenizer.bos == 4 and tokenizer.vocab_size == 5
+    assert tokenizer.encode("\nanna\nbob").tolist() == [4, 0, 2, 2, 0, 4, 1, 3, 1]
+    assert tokenizer.decode([4, 0, 2]) == "\nan"
+    assert ByteTokenizer(documents=True).encode("\na").tolist() == [256, 97]
+    assert ByteTokenizer(documents=True).decode([256, 97]) == "\na"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(text):
+    for tokenizer in all_kinds(text):
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int64 and tokenizer.decode(ids) == text == tokenizer.decode(ids.tolist())
+        assert tokenizer.vocab_size > ids.max(initial=0) or not text
+
+
+def test_a_stream_gives_the_same_text_in_whole_characters():
+    text = "".join(TEXTS)
+    rng = random.Random(0)
+    for tokenizer in all_kinds(text):
+        ids, decode, pieces = tokenizer.encode(text).tolist(), tokenizer.stream(), []
+        while ids:
+            count = rng.randint(1, 3)
+            pieces.append(decode(ids[:count]))
+            ids = ids[count:]
+        assert "\ufffd" not in "".join(pieces) and "".join(pieces) == text
+
+
+def test_bytes_that_are_no_character_are_marked():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
+    assert tokenizer.decode([0x61, 0xC3]) == "a\ufffd"
+    assert (decode := tokenizer.stream())([0x61, 0xC3]) == "a" and decode([0x9F]) == "ß"
+
+
+def test_unknown_characters_are_named():
+    tokenizer = CharTokenizer("bd")
+    with pytest.raises(UserError, match=r"^'ß', '€' \(2 characters that are not in the vocabulary\)$"):
+        tokenizer.encode("b€ßd€")
+    for char in "ac\x00🙂":  # before, between and after the known ones
+        with pytest.raises(UserError, match=r"\(1 character that is not in the vocabulary\)"):
+            tokenizer.encode("b" + char)
+    with pytest.raises(UserError, match=r", … \(26 characters"):
+        tokenizer.encode("".join(map(chr, range(0x4E00, 0x4E00 + 26))))
+
+
+def test_half_a_surrogate_pair_is_named_and_does_not_crash():
+    for tokenizer in all_kinds("abc\n"):
+        with pytest.raises(UserError, match=r"^'\\udce9' \(1 character"):
+            tokenizer.encode("a\udce9")
+
+
+def test_prompts():
+    stream, documents = CharTokenizer("ab\n"), CharTokenizer("ab\n", documents=True)
+    assert stream.prompt("ab").tolist() == [1, 2] and stream.prompt("").tolist() == [0]
+    assert documents.prompt("ab").tolist() == [2, 0, 1] and documents.prompt("").tolist() == [2]
+    assert CharTokenizer("ab").prompt("").tolist() == [0]  # a text of one line has no newline
+    assert ByteTokenizer().prompt("").tolist() == [10]
+
+
+def test_json_and_equality():
+    kinds = all_kinds("ab\nß🙂") + [CharTokenizer("ab"), CharTokenizer("ab", documents=True)]
+    for i, tokenizer in enumerate(kinds):
+        again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+        assert [again == other for other in kinds] == [i == j for j in range(len(kinds))]
+        assert hash(again) == hash(tokenizer) and type(again) is type(tokenizer)
+    assert CharTokenizer("baab") == CharTokenizer("ab") != "ab"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        {},
+        {"kind": "bpe", "documents": False},
+        {"kind": ["char"], "documents": False},
+        {"kind": "byte"},
+        {"kind": "char", "documents": False},
+        {"kind": "char", "documents": False, "chars": ["a", "b"]},
+        {"kind": "char", "documents": False, "chars": "ba"},
+        {"kind": "char", "documents": False, "chars": "aab"},
+        {"kind": "char", "documents": True, "chars": "\nab"},
+        {"kind": "char", "documents": 1, "chars": "ab"},
+    ],
+)
+def test_a_description_that_is_not_ours_is_refused(values):
+    with pytest.raises(UserError, match="kind|damaged"):
+        from_json(values)
