@@ -139,7 +139,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), biases zero, and each branch's last matrix smaller by √(number of branches)."""
+        """GPT-2's: N(0, 0.02), biases zero, and the last matrix of a block's two branches smaller by √(2 n_layer)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -267,7 +267,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the likeliest stays finite, however cold
     if top_k is not None and top_k < logits.size(-1):
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)

@@ -33,7 +33,7 @@ def read_options(argv):
         hint = f"the known ones are {', '.join(CORPORA)}"
         if Path(names[0]).is_file():
             hint = f"to prepare that file, `python prepare.py --input={names[0]} --dataset=<a name for it>`"
-        raise UserError(f"{names[0]} is not a known corpus{did_you_mean(names[0], CORPORA)}; {hint}")
+        raise UserError(f"{names[0]} is not a known corpus; {hint}{did_you_mean(names[0], CORPORA)}")
     corpus = CORPORA[names[0]]
     fixed = {
         "dataset": corpus.name,

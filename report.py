@@ -1,22 +1,18 @@
 """What people see of a run: a progress bar or plain lines, metrics.csv, and samples. Nothing here changes training."""
 
 import math
-import os
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from config._cli import drop_output
+from config._errors import UserError
+from config._files import replacing
 from data.batches import derive_seed
 
 COLUMNS = "step,lr,train_loss,val_loss,perplexity,tokens_per_s,seconds"
-
-
-def note(text, machine):
-    """A line for the user's attention, on stderr."""
-    if machine.rank == 0:
-        tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 class Reporter:
@@ -27,6 +23,7 @@ class Reporter:
         self.flops_per_token = flops_per_token
         self.quiet = machine.rank != 0
         on_terminal = sys.stderr.isatty() and not self.quiet
+        self.lines = not self.quiet and not (on_terminal and sys.stdout.isatty())
         self.bar = tqdm(
             total=config.max_iters, initial=progress.step, unit="step", disable=not on_terminal, dynamic_ncols=True
         )
@@ -37,17 +34,24 @@ class Reporter:
             self._drop_rows_after(progress.step)
 
     def _drop_rows_after(self, step):
-        """Rows behind the checkpoint will be written again; a fresh run begins an empty file."""
-        rows = self.path.read_text(encoding="utf-8").splitlines()[1:] if step and self.path.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) <= step]
-        temporary = self.path.with_suffix(".csv.tmp")
-        temporary.write_text("\n".join([COLUMNS, *rows]) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        """Rows behind the checkpoint will be written again; one that a crash has torn goes too."""
+        rows = []
+        if self.path.exists():
+            for row in self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+                number, *others = row.split(",")
+                if number.isdecimal() and int(number) <= step and len(others) == COLUMNS.count(","):
+                    rows.append(row)
+        with replacing(self.path) as (file,):
+            file.write(("\n".join([COLUMNS, *rows]) + "\n").encode())
 
     def say(self, text):
+        """A line on stdout. A run goes on when its reader (`| head`) has gone."""
         if not self.quiet:
-            tqdm.write(text)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                drop_output()
 
     @property
     def tokens_per_s(self):
@@ -69,8 +73,8 @@ class Reporter:
             used = self.tokens_per_s * self.flops_per_token
             text += f", MFU {used / (self.machine.peak_flops * self.machine.world):.1%}"
         self.bar.set_postfix_str(text)
-        if self.bar.disable and not self.quiet:
-            print(f"step {self.progress.step}/{self.config.max_iters}: {text}", flush=True)
+        if self.lines:
+            self.say(f"step {self.progress.step}/{self.config.max_iters}: {text}")
 
     def evaluated(self, val_loss, lr):
         """A row of metrics.csv. Its train loss is the mean over every step since the row before."""
@@ -79,8 +83,11 @@ class Reporter:
         speed, seconds = round(self.tokens_per_s, 1), round(self.progress.seconds, 3)
         if not self.quiet:
             row = [step, lr, train_loss, val_loss, perplexity(val_loss), speed, seconds]
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(",".join(map(str, row)) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(",".join(map(str, row)) + "\n")
+            except OSError as error:
+                raise UserError(f"can't write {self.path}: {error.strerror}; the last checkpoint is kept") from None
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {speed:,.0f} tokens/s")
         self.val_loss = val_loss
         self.tokens, self.busy = 0, 0.0
@@ -95,6 +102,8 @@ def perplexity(loss):
 
 def draw_samples(model, tokenizer, count, config, machine, step):
     """`count` texts, from a random stream of their own: asking for them changes no training step."""
+    if not count:
+        return []
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed, step))
     prompt = torch.from_numpy(tokenizer.prompt("")).long().to(machine.device).repeat(count, 1)
     with machine.autocast():

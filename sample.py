@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from data.token_files import open_dataset
-from data.tokenizers import from_json
 
 import checkpoint
 from config._cli import read_args, run
@@ -18,6 +16,8 @@ from config._errors import UserError
 from config._machine import pick_machine
 from config._schema import SampleConfig
 from data.batches import derive_seed
+from data.token_files import open_dataset
+from data.tokenizers import from_json
 
 
 def find_checkpoint(config):
@@ -36,7 +36,10 @@ def find_tokenizer(state, config, path):
     if state["tokenizer"] is not None:
         return from_json(state["tokenizer"])
     name = state["config"]["dataset"]
-    tokenizer = open_dataset(config.data_dir, name).tokenizer
+    try:
+        tokenizer = open_dataset(config.data_dir, name).tokenizer
+    except UserError as error:
+        raise UserError(f"{path} is nanoGPT's, which keeps the characters with the dataset {name}; {error}") from None
     if tokenizer.vocab_size != state["vocab_size"]:
         raise UserError(
             f"{path} has {state['vocab_size']} ids, but {config.data_dir}/{name} has {tokenizer.vocab_size}"
@@ -83,7 +86,7 @@ def sample(model, tokenizer, prompt, config, machine, write):
             generator=generator,
             on_token=stream,
         )
-    write(separator)
+    write(first([], final=True) + separator)
     for row in out[1:, ids.numel() :].tolist():
         if tokenizer.bos in row:
             row = row[: row.index(tokenizer.bos)]

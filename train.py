@@ -16,19 +16,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from data.token_files import ensure, open_dataset
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
-from config._cli import list_configs, read_args, read_config_file, run
+from config._cli import list_configs, note, read_args, read_config_file, run
 from config._errors import UserError
-from config._machine import StopSignals, pick_machine
+from config._machine import Ranks, StopSignals, pick_machine
 from config._schema import TrainConfig
 from data.batches import Batches, derive_seed
+from data.token_files import ensure, open_dataset
 from model import GPT
-from report import Reporter, draw_samples, note, perplexity
+from report import Reporter, draw_samples, perplexity
 
 
 @dataclass
@@ -129,7 +128,10 @@ def evaluate(model, batches, config, machine):
         total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
     model.train()
     total = machine.sum(total)
-    return (total[0] / total[1]).item()
+    loss = (total[0] / total[1]).item()
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss is {loss}: stopped; the checkpoint before it is kept")
+    return loss
 
 
 def compile_model(model, batches, config, machine):
@@ -142,61 +144,40 @@ def compile_model(model, batches, config, machine):
         with machine.autocast():
             loss = compiled(x, y)[1]
         loss.backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler can fail with
-        note(f"torch.compile failed ({str(error).strip().splitlines()[0]}); training goes on uncompiled", machine)
+        note(f"note: torch.compile failed ({str(error).strip().splitlines()[0]}); training goes on uncompiled")
         compiled = model
     model.zero_grad(set_to_none=True)
     return compiled
 
 
-def read_losses(unread, progress, machine, check_norms):
-    """The (loss, gradient norm) pairs that are still on the device → floats; a non-finite one ends the run.
+def read_losses(pending, progress, scaler, machine):
+    """The (loss, gradient norm) pairs that are still on the device → losses; a non-finite one ends the run.
 
     Once for many steps, because each reading makes the device wait. No checkpoint is written before one.
     """
-    pairs = torch.stack([torch.stack(pair) for pair in unread]).cpu()
-    unread.clear()
+    pairs = torch.stack([torch.stack(pair) for pair in pending]).cpu()
+    pending.clear()
     pairs[:, 0] = machine.sum(pairs[:, 0].contiguous())  # each rank has its share of the loss
+    advice = "stopped, and the checkpoint before it is kept; try a lower --learning_rate or a smaller --grad_clip"
     for step, (loss, norm) in enumerate(pairs.tolist(), progress.step - len(pairs) + 1):
-        if not math.isfinite(loss) or (check_norms and not math.isfinite(norm)):
-            raise UserError(
-                f"step {step}: loss {loss}, gradient norm {norm}: stopped, and the checkpoint before it is kept; "
-                "try a lower --learning_rate or a smaller --grad_clip"
-            )
+        # A scaler tries out how far it can go: it skips a step that overflows.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
+    if scaler.get_scale() < 1e-4:
+        raise UserError(f"step {progress.step}: no loss scale is small enough for float16's gradients: {advice}")
     return pairs[:, 0].tolist()
 
 
 # ---------------------------------------------------------------- set-up
 
 
-def prepare_out_dir(config):
-    """Make out_dir, see that it can be written to, and refuse to touch another run that it holds."""
-    folder = Path(config.out_dir)
-    held = [folder / name for name in ("last.pt", "best.pt") if (folder / name).exists()]
-    if held and config.init_from != "resume" and not config.overwrite:
-        raise UserError(
-            f"{held[0]} is another run's: resume it with --init_from=resume, "
-            "choose another --out_dir, or replace it with --overwrite=True"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out_dir={config.out_dir}: can't be written to: {error.strerror}") from None
-
-
-def open_data(config, state, machine):
-    """→ dataset, training batches, validation batches; checked against the options and the checkpoint."""
-    machine.on_rank_0(lambda: ensure(config.dataset, config.data_dir))
-    dataset = machine.on_all_ranks(lambda: open_dataset(config.data_dir, config.dataset))
-    if state is not None:
-        known = state["tokenizer"]
-        same = known is None or known == dataset.tokenizer.to_json()
-        if not same or state["vocab_size"] != dataset.tokenizer.vocab_size:
-            raise UserError(
-                f"--dataset={config.dataset}: its vocabulary is not the one that the checkpoint was trained on"
-            )
+def open_data(config, machine):
+    """→ dataset, training batches, validation batches."""
+    machine.on_rank_0(ensure, config.dataset, config.data_dir)
+    dataset = machine.on_all_ranks(open_dataset, config.data_dir, config.dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
     if rows % machine.world:
         raise UserError(
@@ -216,56 +197,68 @@ def open_data(config, state, machine):
     return dataset, *batches
 
 
+def build_model(config, state, vocab_size, machine):
+    """→ model, its moving average or None, progress; as `checkpoint.start` decided."""
+    torch.manual_seed(derive_seed("init", config.seed))
+    model, ema, progress = GPT(config, vocab_size), None, Progress()
+    # 1. resume: the run's weights and progress. 2. scratch: as initialised. 3. fine-tune: the weights one samples with.
+    if config.init_from == "resume":
+        progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+        checkpoint.load_weights(model, state["model"], config.out_dir)
+    elif state is not None:
+        checkpoint.load_weights(model, state["model"] if state["ema"] is None else state["ema"], config.init_from)
+    model.to(machine.device)
+    if config.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        if config.init_from == "resume":
+            checkpoint.load_weights(ema.module, state["ema"], config.out_dir)
+            ema.n_averaged.fill_(progress.step)
+    return model, ema, progress
+
+
 # ---------------------------------------------------------------- the run
 
 
 def train(config, flags, state, machine):
-    """Set up, train, report. `state`: the checkpoint to start from, or None. → exit code"""
-    dataset, train_batches, val_batches = open_data(config, state, machine)
-    if not config.eval_only:
-        machine.on_rank_0(lambda: prepare_out_dir(config))
-    resuming = config.init_from == "resume"
-    progress = Progress(**{f.name: state[f.name] for f in fields(Progress)}) if resuming else Progress()
-    torch.manual_seed(derive_seed("init", config.seed))
-    model = GPT(config, dataset.tokenizer.vocab_size)
+    """Set up, train, report. `flags`, `state`: as from `checkpoint.start`. → exit code"""
+    dataset, train_batches, val_batches = open_data(config, machine)
     if state is not None:
-        weights = state["model"] if resuming or state["ema"] is None else state["ema"]
-        checkpoint.load_weights(model, weights, config.init_from)
-    model.to(machine.device)
-    ema = None
-    if config.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        if resuming:
-            checkpoint.load_weights(ema.module, state["ema"], config.init_from)
-            ema.n_averaged.fill_(progress.step)
-    judged = model if ema is None else ema.module  # evaluated, sampled from
-
+        checkpoint.check_vocabulary(state, dataset)
+    model, ema, progress = build_model(config, state, dataset.tokenizer.vocab_size, machine)
+    eval_model = model if ema is None else ema.module
+    _, lengths = val_batches.validation_rows()
+    if 0 < config.eval_iters * config.batch_size < len(lengths):
+        covered = lengths[: config.eval_iters * config.batch_size].sum()
+        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered:,} of {lengths.sum():,} tokens only")
     if config.eval_only:
-        val_loss = evaluate(judged, val_batches, config, machine)
+        val_loss = evaluate(eval_model, val_batches, config, machine)
         if machine.rank == 0:
             print(f"step {progress.step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.3f}")
         return 0
     if progress.step >= config.max_iters:
-        note(f"{config.out_dir} is at step {progress.step} already; to go on, raise --max_iters", machine)
+        note(f"note: {config.out_dir} is at step {progress.step} already; to go on, raise --max_iters")
         return 0
 
-    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    if resuming:
+    if scaler.is_enabled() and config.optimizer == "muon":
+        raise UserError("--optimizer=muon: not in float16, where steps overflow; use --dtype=float32 or bfloat16")
+    optimizers = make_optimizers(model, config)
+    if config.init_from == "resume":
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    stepped = compile_model(model, train_batches, config, machine)
+    machine.on_rank_0(checkpoint.claim, config)
+    train_model = compile_model(model, train_batches, config, machine)
     if machine.world > 1:
-        stepped = DistributedDataParallel(stepped)
+        train_model = DistributedDataParallel(train_model)
     reporter = Reporter(config, progress, machine, model.flops_per_token())
     reporter.say(
         f"{model.num_params():,} parameters on {machine.name}, {str(machine.dtype).removeprefix('torch.')}; "
         f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to evaluate on"
     )
 
-    def save(best):
+    def save(*names):
         saved = {
             "config": asdict(config),
             "flags": flags,
@@ -277,57 +270,57 @@ def train(config, flags, state, machine):
             "scaler": scaler.state_dict(),
             **asdict(progress),
         }
-        folder = Path(config.out_dir)
-        if machine.rank == 0:
-            checkpoint.save(folder / "last.pt", saved, folder / "best.pt" if best else None)
+        for name in names:
+            checkpoint.save(Path(config.out_dir) / name, saved)
 
-    unread, patient = [], True
+    def show_samples(count):
+        if machine.rank == 0:
+            for text in draw_samples(eval_model, dataset.tokenizer, count, config, machine, progress.step):
+                reporter.say(text)
+
+    pending, patience_left, stopped_by = [], True, 0
     with StopSignals() as stop:
-        while progress.step < config.max_iters and patient:
+        while progress.step < config.max_iters and patience_left and not stopped_by:
             began = time.perf_counter()
-            loss, norm, tokens = train_step(stepped, train_batches, progress.step, optimizers, scaler, config, machine)
             lr = learning_rate(progress.step, config)
-            progress.step += 1
-            unread.append((loss, norm))
+            loss, norm, tokens = train_step(
+                train_model, train_batches, progress.step, optimizers, scaler, config, machine
+            )
+            pending.append((loss, norm))
             if ema is not None:
                 ema.update_parameters(model)
+            progress.step += 1
             stopped_by = stop.agreed(machine)
             evaluating = progress.step % config.eval_interval == 0 or progress.step == config.max_iters
-            logging = progress.step % config.log_interval == 0 or evaluating or stopped_by
-            if logging:
-                losses = read_losses(unread, progress, machine, check_norms=not scaler.is_enabled())
+            if logging := progress.step % config.log_interval == 0 or evaluating or stopped_by:
+                losses = read_losses(pending, progress, scaler, machine)
                 progress.losses += losses
             reporter.step(tokens, time.perf_counter() - began)
             if logging:
                 reporter.log(losses, lr)
+            better = False
             if evaluating:
-                val_loss = evaluate(judged, val_batches, config, machine)
+                val_loss = evaluate(eval_model, val_batches, config, machine)
                 better = val_loss < progress.best_val_loss
                 progress.best_val_loss = min(val_loss, progress.best_val_loss)
                 progress.evals_since_best = 0 if better else progress.evals_since_best + 1
-                patient = not config.patience or progress.evals_since_best < config.patience
+                patience_left = not config.patience or progress.evals_since_best < config.patience
             progress.seconds += time.perf_counter() - began
             if evaluating:
-                reporter.evaluated(val_loss, lr)
+                machine.on_rank_0(reporter.evaluated, val_loss, lr)
                 progress.losses = []
-                for text in draw_samples(
-                    judged, dataset.tokenizer, config.eval_samples, config, machine, progress.step
-                ):
-                    reporter.say(text)
+                show_samples(config.eval_samples)
             if evaluating or stopped_by:
-                save(best=evaluating and better)
-            if stopped_by:
-                break
+                # best.pt first: should the machine stop in between, the older last.pt comes to the same best again.
+                machine.on_rank_0(save, *(["best.pt", "last.pt"] if better else ["last.pt"]))
     reporter.close()
     if stopped_by:
-        reporter.say(
-            f"stopped by {signal.Signals(stopped_by).name} at step {progress.step}; go on with --init_from=resume"
-        )
+        name = signal.Signals(stopped_by).name
+        reporter.say(f"stopped by {name} at step {progress.step}; go on with --init_from=resume")
         return 128 + stopped_by
-    if not patient:
+    if not patience_left:
         reporter.say(f"stopped early: {config.patience} evaluations without a better one")
-    for text in draw_samples(judged, dataset.tokenizer, config.final_samples, config, machine, progress.step):
-        reporter.say(text)
+    show_samples(config.final_samples)
     reporter.say(
         f"best val loss {progress.best_val_loss:.4f}; sample with: python sample.py --out_dir={config.out_dir}"
     )
@@ -342,16 +335,16 @@ def main(argv):
     if len(positional) > 1:
         raise UserError(f"one config file, please, not {len(positional)}: {' '.join(positional)}")
     from_file = read_config_file(positional[0], TrainConfig) if positional else {}
-    config, flags, state = checkpoint.start(from_file, flags)
-    machine = pick_machine(config)
-    if machine.world == 1:
-        return train(config, flags, state, machine)
-    # Tensors on the CPU (flags, sums) always go by gloo; gradients on GPUs by nccl.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if machine.device.type == "cuda" else "gloo")
-    try:
-        return train(config, flags, state, machine)
-    finally:
-        dist.destroy_process_group()
+    ranks = Ranks.from_environment()
+    with ranks.joined():
+        config, flags, state = ranks.on_all_ranks(checkpoint.start, from_file, flags)
+        machine = ranks.on_all_ranks(pick_machine, config, ranks)
+        try:
+            return train(config, flags, state, machine)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            raise UserError(f"{machine.name} is out of memory; use a smaller --batch_size or model") from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every key is checked for existence and type wherever it comes from, and everythi
 
 import ast
 import difflib
+import inspect
 import os
 import runpy
 import signal
@@ -25,29 +26,46 @@ def run(main):
     """Run `main(argv) → exit code or None` as a script. What the user can cause: one line on stderr, exit code 2."""
     name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale says: a corpus may hold any character
+        # Whatever the locale says: a corpus may hold any character.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's: the ranks share their errors, and one of them speaks
-            print(f"{name}: {error}", file=sys.stderr)
+        note(f"{name}: {error}")
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Python flushes stdout again on its way out: give it a place to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         code = 0
+    except OSError as error:
+        note(f"{name}: {error.filename or 'system'}: {error.strerror or error}")
+        code = 2
     sys.exit(code)
+
+
+def note(text):
+    """A line on stderr. Of several processes, which share their errors, one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def drop_output():
+    """Send stdout to nowhere from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_args(argv, schema, doc):
     """`argv` → (positional arguments, {key: value} of the flags), checked against `schema`.
 
-    `--help` prints `doc` and the options, and exits 0. A bare `--flag` means True for a bool.
+    `--help` prints `doc` and the options, and exits 0. A bare `--flag` means True for a bool; `--key=` leaves a number
+    as it is.
     """
-    positional, flags = [], {}
+    positional, flags, types_ = [], {}, option_types(schema)
+    # Retired keys come last, here and in files: `decay_lr = False` switches the warm-up off wherever the two stand.
+    argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in RETIRED.get(schema, {}))
     for arg in argv:
         if arg in ("-h", "--help"):
             print(help_text(schema, doc))
@@ -58,11 +76,12 @@ def read_args(argv, schema, doc):
         key, equals, text = arg.lstrip("-").partition("=")
         if not arg.startswith("--"):
             raise UserError(f"{arg}: options are written --key=value (see --help)")
-        types_ = option_types(schema)
         if not equals and key in types_:
             if types_[key] is not bool:
                 raise UserError(f"{arg}: give it a value, as in {arg}={describe_default(schema, key)}")
             text = "True"
+        if equals and not text and types_.get(key) in (int, float):
+            continue
         flags.update(check(key, text, schema, f"{arg}: "))
     return positional, flags
 
@@ -86,7 +105,6 @@ def read_config_file(path, schema):
         )
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     values = {}
-    # nanoGPT's retired keys come last: `decay_lr = False` switches the warm-up off wherever the two stand.
     for key, value in sorted(names.items(), key=lambda item: item[0] in RETIRED.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
@@ -106,8 +124,9 @@ def check(key, value, schema, where):
     for old, options in retired.becomes.items():
         if coerce(value, type(old), where, key) == old:
             becomes = options
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {key}: {retired.notice}", file=sys.stderr)
+    if retired.only is not None and value != retired.only:
+        raise UserError(f"{where}{key}: {retired.notice}")
+    note(f"note: {key}: {retired.notice}")
     return becomes
 
 
@@ -167,7 +186,10 @@ def list_configs():
     """One line for each shipped config: its path and the first line of its docstring."""
     rows = []
     for path in config_files():
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        try:
+            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        except (SyntaxError, UnicodeDecodeError) as error:
+            doc = f"({type(error).__name__})"
         rows.append((str(Path("config") / path.relative_to(CONFIG_DIR)), doc.partition("\n")[0]))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:{width}}  {doc}" for name, doc in rows)
@@ -177,8 +199,8 @@ def help_text(schema, doc):
     """`doc`, then every option of `schema` by group: name, default, help."""
     lines = [doc.strip(), ""]
     hints = option_types(schema)
-    for group in schema.__mro__:
-        own = [f for f in fields(schema) if f.name in vars(group).get("__annotations__", {})]
+    for group in reversed(schema.__mro__):
+        own = [f for f in fields(schema) if f.name in inspect.get_annotations(group)]
         if own:
             lines.append(f"{(group.__doc__ or '').strip()}:")
         for f in own:

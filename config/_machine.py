@@ -1,10 +1,12 @@
-"""The machine that a process runs on: device, number type, the other processes of the run, and signals to stop.
+"""The machine that a process runs on: its device, number type, the other processes of the run, and signals to stop.
 
 Imports torch, which the options themselves do not.
 """
 
 import os
+import re
 import signal
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,39 +14,44 @@ import torch.distributed as dist
 
 from config._errors import UserError
 
-# Dense bf16 (V100, T4: fp16) peaks in FLOP/s, from NVIDIA's data sheets; the key is a word of the device's name.
+# Dense bf16 peaks (V100, T4: fp16) in FLOP/s, from NVIDIA's data sheets, by words of the device's name; first match.
 PEAK_FLOPS = {
+    "GH200": 989e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "A10": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
     "V100": 125e12,
     "T4": 65e12,
 }
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a process computes on and in, and its place among the processes that torchrun started."""
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """A process's place among those that torchrun started; alone, it is rank 0 of 1."""
 
-    device: torch.device
-    dtype: torch.dtype
-    name: str
-    rank: int = 0
-    world: int = 1
+    rank: int
+    world: int
 
-    def autocast(self):
-        """Mixed precision: weights stay float32. A no-op when dtype is float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    @classmethod
+    def from_environment(cls):
+        return cls(rank=int(os.environ.get("RANK", 0)), world=int(os.environ.get("WORLD_SIZE", 1)))
 
-    @property
-    def peak_flops(self):
-        """The device's known peak in FLOP/s, or None."""
-        return next((PEAK_FLOPS[word] for word in self.name.replace("-", " ").split() if word in PEAK_FLOPS), None)
+    @contextmanager
+    def joined(self):
+        """The processes can talk to each other: about tensors on the CPU by gloo, about those on GPUs by nccl."""
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            yield
+        finally:
+            if self.world > 1:
+                dist.destroy_process_group()
 
     def sum(self, tensor):
         """A CPU tensor's sum over the ranks."""
@@ -52,11 +59,11 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
-    def on_all_ranks(self, work):
-        """`work()`, on each rank. If one fails, all raise its line before they wait for each other for ever."""
+    def on_all_ranks(self, work, *args):
+        """`work(*args)`, on each rank. If one fails, all raise its line before they wait for each other for ever."""
         result, error = None, None
         try:
-            result = work()
+            result = work(*args)
         except UserError as caught:
             error = str(caught)
         if self.world > 1:
@@ -67,13 +74,33 @@ class Machine:
             raise UserError(error)
         return result
 
-    def on_rank_0(self, work):
-        """`work()` on rank 0 while the others wait; its failure is everyone's."""
-        self.on_all_ranks(work if self.rank == 0 else lambda: None)
+    def on_rank_0(self, work, *args):
+        """`work(*args)` on rank 0 while the others wait; its failure is everyone's."""
+        self.on_all_ranks(work if self.rank == 0 else lambda *args: None, *args)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Ranks):
+    """What a process computes on, the type that its matrix products are computed in, and the device's name."""
+
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+    def autocast(self):
+        """Mixed precision: weights stay float32. A no-op when dtype is float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def peak_flops(self):
+        """The device's known peak in FLOP/s, or None; in half precision, which is all that data sheets agree on."""
+        if self.dtype == torch.float32:
+            return None
+        return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", self.name)), None)
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first asks the loop to end after its step, the second ends the process at once."""
+    """SIGINT and SIGTERM ask the loop to end after its step. A second SIGINT ends a process that is alone at once."""
 
     def __enter__(self):
         self.received = 0
@@ -81,8 +108,11 @@ class StopSignals:
         return self
 
     def _receive(self, number, frame):
-        self.received = number
-        self.__exit__()
+        # torchrun passes on what its processes have been sent already, so that one signal may come twice.
+        again = self.received and number == signal.SIGINT and "RANK" not in os.environ
+        self.received = self.received or number
+        if again:
+            raise KeyboardInterrupt
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -97,34 +127,45 @@ class StopSignals:
         return number.item()
 
 
-def pick_machine(config):
+def pick_machine(config, ranks=None):
     """`config.device`, `config.dtype` → Machine; under torchrun, each process on a node takes a GPU of its own."""
-    device = _best_device() if config.device == "auto" else _device(config.device)
+    ranks = ranks or Ranks(rank=0, world=1)
+    device = _best_device(ranks) if config.device == "auto" else _device(config.device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device={config.device}: torch finds no CUDA here; use --device=cpu")
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", device.index if device.index is not None else local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"{device}: this machine has {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
-        name = torch.cuda.get_device_name(device)
+        device, name = _pick_gpu(device, ranks)
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device=mps: torch finds no Metal GPU here; use --device=cpu")
+        if ranks.world > 1:
+            raise UserError(f"--device=mps: {ranks.world} processes can't share it; use --device=cpu")
         name = "mps"
     else:
         name = f"cpu, {torch.get_num_threads()} threads"
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device)
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--dtype=float16 is for GPUs; use --dtype=float32 or --dtype=bfloat16 on a CPU")
-    return Machine(device, dtype, name, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    return Machine(rank=ranks.rank, world=ranks.world, device=device, dtype=dtype, name=name)
 
 
-def _best_device():
+def _pick_gpu(device, ranks):
+    if not torch.cuda.is_available():
+        raise UserError("--device=cuda: torch finds no CUDA here; use --device=cpu")
+    if ranks.world > 1 and device.index is not None:
+        raise UserError(f"--device={device}: {ranks.world} processes take a GPU each; use --device=cuda")
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise UserError(f"cuda:{index}: this machine has {torch.cuda.device_count()} GPUs; one is needed per process")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    # What stays in float32 beside the mixed precision may use TF32, as in nanoGPT.
+    torch.set_float32_matmul_precision("high")
+    return device, torch.cuda.get_device_name(device)
+
+
+def _best_device(ranks):
     if torch.cuda.is_available():
         return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and ranks.world == 1 else "cpu")
 
 
 def _device(text):
@@ -132,7 +173,7 @@ def _device(text):
         device = torch.device(text)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
         raise UserError(f"--device={text}: there is no such device; use auto, cpu, cuda, cuda:1 or mps")
     return device
 

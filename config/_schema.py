@@ -179,11 +179,12 @@ class PrepareConfig(Checked):
 
 
 # nanoGPT's keys that have no meaning of their own here: what to say, and what they stand for now.
-# A value in `becomes` keeps the old meaning exactly; a key without one changes nothing in the training.
+# A value in `becomes` keeps the old meaning exactly; a key without one changes nothing.
 @dataclass(frozen=True)
 class Retired:
     notice: str
     becomes: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    only: str | None = None  # the one value that still makes sense
 
 
 RETIRED = {
@@ -195,11 +196,11 @@ RETIRED = {
         "backend": Retired("not used: nccl on CUDA, gloo on CPU"),
         "decay_lr": Retired(
             "use --schedule: True is cosine, False is constant without warm-up",
-            {False: {"schedule": "constant", "warmup_iters": 0}},
+            {True: {"schedule": "cosine"}, False: {"schedule": "constant", "warmup_iters": 0}},
         ),
     },
     SampleConfig: {
-        "init_from": Retired("not used: --out_dir or --ckpt names the checkpoint"),
+        "init_from": Retired("--out_dir or --ckpt names the checkpoint; GPT-2's weights are not read", only="resume"),
         "compile": Retired("not used: sampling is uncompiled, with a cache of keys and values"),
     },
 }

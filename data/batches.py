@@ -114,10 +114,13 @@ class Batches:
         cuts = range(0, len(starts), self.micro_rows)
         return total, [self.gather(starts[i : i + self.micro_rows], lengths[i : i + self.micro_rows]) for i in cuts]
 
+    def validation_rows(self):
+        """The rows of the whole split, in order. → starts, lengths (R,)"""
+        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.documents
+
     def validation(self, max_rows=None):
         """The split in order, shared out over the ranks batch by batch: yields (x, y, tokens predicted)."""
-        starts, lengths = stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.documents
-        starts, lengths = starts[:max_rows], lengths[:max_rows]
+        starts, lengths = (part[:max_rows] for part in self.validation_rows())
         wanted = CPU_EVAL_TOKENS if self.device.type == "cpu" else GPU_EVAL_TOKENS
         size = max(1, wanted // self.block_size)
         for i in range(self.rank * size, len(starts), self.world * size):

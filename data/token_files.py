@@ -73,7 +73,9 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
         raise UserError(
             f"{source}: {'not a regular file' if os.path.exists(source) else 'no such file'}; --input=FILE names a text"
         )
-    with tqdm(total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="prepare", disable=None) as bar:
+    with tqdm(
+        total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="prepare, in 2 passes", disable=None
+    ) as bar:
         text, digest = TextFile(source, documents, bar), hashlib.sha256()
         tokenizer, tokens, moved = survey(text, tokenizer, digest)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
@@ -223,7 +225,7 @@ def open_dataset(data_dir, dataset):
     if not dataset or not os.path.isfile(path):
         known = {path.parent.name for path in Path(data_dir).glob("*/meta.json")} | set(CORPORA)
         guess = "" if dataset in CORPORA else did_you_mean(dataset, sorted(known))
-        raise UserError(f"--dataset={dataset}: there is no {path}{guess}; {command} writes it")
+        raise UserError(f"--dataset={dataset}: there is no {path}; {command} writes it{guess}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] > FORMAT:

@@ -128,7 +128,7 @@ def from_json(values):
     """The tokenizer that `to_json` described. A UserError where the description is not one of ours."""
     values = values if isinstance(values, dict) else {}
     kind, documents, chars = (values.get(key) for key in ("kind", "documents", "chars"))
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"tokenizer kind {kind!r} is not known here; the kinds are {', '.join(KINDS)}")
     if isinstance(documents, bool):
         if kind == "byte":

@@ -172,10 +172,17 @@ def test_nanogpts_retired_keys_are_noticed(capsys, tmp_path):
     got = read_config_file(config_file(tmp_path, text), TrainConfig)
     assert got == {"schedule": "constant", "warmup_iters": 0}  # nanoGPT has no warm-up without decay
     assert len(capsys.readouterr().err.splitlines()) == 4
-    assert flags("--backend=gloo", "--decay_lr=True") == {}
+    assert flags("--decay_lr=True", "--backend=gloo") == {"schedule": "cosine"}
     notices = capsys.readouterr().err
     assert "note: backend" in notices and "note: decay_lr" in notices
+    assert flags("--decay_lr=False", "--warmup_iters=9")["warmup_iters"] == 0
     assert flags("--init_from=resume", schema=SampleConfig) == {}
+    with pytest.raises(UserError, match="GPT-2's weights are not read"):
+        flags("--init_from=gpt2-xl", schema=SampleConfig)
+
+
+def test_an_empty_value_leaves_a_number_as_it_is():
+    assert flags("--top_p=", "--seed=", "--start=", schema=SampleConfig) == {"top_p": None, "start": ""}
 
 
 @pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, PrepareConfig])

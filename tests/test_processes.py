@@ -143,17 +143,18 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
         assert exit_code == "exit code 2"
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path):
-    """A file-size limit stands in for the disk: the second save fails in the middle."""
+@pytest.mark.parametrize("limit", [9000, 60])
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit):
+    """A file-size limit stands in for the disk: the second save fails in the middle, or the second row before it."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
         "import resource, signal, checkpoint, train\nfrom config._cli import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "save = checkpoint.save\n"
-        "def tight(path, state, best=None):\n"
-        "    if state['step'] == 40: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "    save(path, state, best)\n"
-        "checkpoint.save = tight\nrun(train.main)\n"
+        "step = train.train_step\n"
+        "def tight(*args):\n"
+        f"    if args[2] == 30: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "    return step(*args)\n"
+        "train.train_step = tight\nrun(train.main)\n"
     )
     done = command("-c", code, *flags(), check=2)
     assert done.stderr.startswith("train.py: can't write") and "File too large" in done.stderr

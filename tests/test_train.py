@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,7 @@ def test_fine_tuning_starts_from_the_weights_alone(flags, tmp_path, capsys):
     source = last(flags())["ema"]
     assert all(torch.allclose(state["model"][key], source[key], atol=1e-6) for key in source)
     with pytest.raises(UserError, match="--n_layer=3: .* has n_layer=2"):
-        train.main([*tuned, "--n_layer=3"])
+        train.main([*tuned, "--n_layer=3", "--overwrite=True"])
     with pytest.raises(UserError, match="no such checkpoint"):
         train.main([*flags(), "--init_from=gpt2"])
 
@@ -218,7 +219,7 @@ def test_eval_only_gives_the_checkpoints_loss(flags, capsys):
 def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
     config = TrainConfig(**train.read_args(flags(dataset=dataset), TrainConfig, "")[1])
     machine = pick_machine(config)
-    data, _, val = train.open_data(config, None, machine)
+    data, _, val = train.open_data(config, machine)
     torch.manual_seed(0)
     model = GPT(config, data.tokenizer.vocab_size)
     tokens = np.array(data.val)
@@ -281,7 +282,7 @@ def test_a_step_is_adamw_by_formula(flags):
     """One step from zero moments, written out: w ← w (1 - lr λ) - lr g / (|g| + ε), with g clipped to norm 1."""
     config = TrainConfig(**train.read_args(flags(grad_clip=0.5), TrainConfig, "")[1])
     machine = pick_machine(config)
-    data, batches, _ = train.open_data(config, None, machine)
+    data, batches, _ = train.open_data(config, machine)
     torch.manual_seed(0)
     model = GPT(config, data.tokenizer.vocab_size)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -336,6 +337,97 @@ def test_a_non_finite_step_stops_and_keeps_the_checkpoint(flags, monkeypatch):
     with pytest.raises(UserError, match="step 21: loss .*gradient norm inf"):
         train.main(flags(init_from="resume"))
     assert last(flags())["step"] == 20
+
+
+def test_a_non_finite_evaluation_saves_nothing(flags):
+    """The step before an evaluation may have broken the weights, with a loss that was still fine."""
+    with pytest.raises(UserError, match="validation loss is nan"):
+        train.main(flags(learning_rate=1e38, eval_interval=1, schedule="constant", warmup_iters=0))
+    assert not list(out_dir(flags()).glob("*.pt"))
+
+
+def test_a_damaged_metrics_file_loses_its_damaged_rows_only(flags, tmp_path):
+    run(flags(max_iters=20, eval_interval=10))
+    path = out_dir(flags()) / "metrics.csv"
+    path.write_bytes(path.read_bytes() + b"\n\0\0\n25\n15,0.1")
+    run(flags(init_from="resume", eval_interval=10))
+    run(flags(eval_interval=10, out_dir=tmp_path / "whole"))
+    assert rows(flags()) == rows(flags(out_dir=tmp_path / "whole"))
+
+
+def test_a_run_killed_in_its_first_save_resumes_from_best(flags, tmp_path):
+    run(flags(max_iters=20))
+    (out_dir(flags()) / "last.pt").unlink()
+    run(flags(init_from="auto"))
+    run(flags(out_dir=tmp_path / "whole"))
+    assert_same_run(flags(), flags(out_dir=tmp_path / "whole"))
+
+
+def test_a_moved_run_goes_on_where_it_is(flags, tmp_path):
+    run(flags(max_iters=20))
+    out_dir(flags()).rename(tmp_path / "moved")
+    run([f"--out_dir={tmp_path / 'moved'}", "--init_from=resume", "--max_iters=30"])
+    assert not out_dir(flags()).exists() and checkpoint.load(tmp_path / "moved" / "last.pt")["step"] == 30
+
+
+def test_overwriting_leaves_nothing_of_the_other_run(flags, monkeypatch):
+    run(flags(max_iters=5))
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags(overwrite=True))
+    assert [path.name for path in out_dir(flags()).iterdir()] == ["metrics.csv"]
+
+
+def test_options_are_checked_when_they_are_complete(flags):
+    """min_lr and n_head come from the checkpoint: against the defaults, these two would be refused."""
+    run(flags(max_iters=2, min_lr=1e-6))
+    folder = out_dir(flags())
+    run([f"--out_dir={folder}", "--init_from=resume", "--max_iters=3", "--learning_rate=3e-5"])
+    data = [flag for flag in flags() if flag.startswith("--data")]
+    run([*data, f"--init_from={folder / 'last.pt'}", "--n_embd=16", "--eval_only", "--device=cpu"])
+
+
+def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, monkeypatch):
+    """The path of older GPUs, on a CPU."""
+    config = TrainConfig(**train.read_args(flags(), TrainConfig, "")[1])
+    machine = replace(pick_machine(config), dtype=torch.float16)
+    _, batches, _ = train.open_data(config, machine)
+    model = GPT(config, 13)
+    optimizers = train.make_optimizers(model, config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    start = model.lm_head.weight.detach().clone()
+    train.train_step(model, batches, 0, optimizers, scaler, config, machine)
+    assert torch.equal(model.lm_head.weight, start) and scaler.get_scale() == 2.0**39
+    scaler.update(2.0**10)
+    losses = [train.train_step(model, batches, step, optimizers, scaler, config, machine)[0] for step in range(40)]
+    assert losses[-1] < losses[0] - 0.03 and scaler.get_scale() == 2.0**10
+    scaler.update(1e-5)
+    pair = (torch.tensor(1.0), torch.tensor(math.inf))
+    with pytest.raises(UserError, match="float16"):
+        train.read_losses([pair], train.Progress(step=3), scaler, machine)
+    monkeypatch.setattr(train, "pick_machine", lambda *args: machine)
+    with pytest.raises(UserError, match="--optimizer=muon: not in float16"):
+        train.main(flags(optimizer="muon"))
+
+
+def test_a_capped_evaluation_says_so(flags, capsys):
+    run(flags(eval_iters=1, max_iters=1))
+    assert "note: --eval_iters=1 evaluates the first 64 of" in capsys.readouterr().err
+    run(flags(eval_iters=1000, max_iters=1, overwrite=True))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_config_file_does_not_undo_a_flag_and_says_so(flags, tmp_path, capsys):
+    file = tmp_path / "run.py"
+    file.write_text("learning_rate = 0.005\n", encoding="utf-8")
+    run([str(file), *flags(max_iters=2)])
+    capsys.readouterr()
+    run([str(file), f"--out_dir={out_dir(flags())}", "--init_from=resume", "--max_iters=3"])
+    assert "note: learning_rate=0.01 was a flag of this run's" in capsys.readouterr().err
 
 
 def test_patience_stops_early_and_best_is_never_replaced_by_worse(flags, monkeypatch, capsys):
