@@ -49,6 +49,8 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         try:
             yield
+            if self.world > 1:
+                dist.barrier()  # nobody hangs up while another still talks
         finally:
             if self.world > 1:
                 dist.destroy_process_group()

@@ -5,11 +5,11 @@ Turning a text into tokens is left to data/token_files.py.
 
 import hashlib
 import os
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from config._errors import UserError
+from config._files import replacing
 
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 30  # seconds without a byte after which a download is given up
@@ -98,7 +98,7 @@ def download(corpus, path):
     """Download `corpus` to `path`. What isn't the corpus, byte for byte, never gets that name."""
     remedy = f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`"
     digest = hashlib.sha256()
-    with replacing(path) as (file,):
+    with replacing(path, shared=True) as (file,):
         for chunk in read_url(corpus.url, f"download {corpus.name}", remedy):
             digest.update(chunk)
             file.write(chunk)
@@ -130,35 +130,3 @@ def read_url(url, title, remedy):
         raise UserError(f"{url}: HTTP status {error.code} {error.reason}; {remedy}") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}; {remedy}") from None
-
-
-@contextmanager
-def replacing(*paths):
-    """Files to write that get the names `paths` when all are complete and on the disk, or else are removed.
-
-    The last one vouches for the others: it goes before they change, and comes after them.
-    """
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    folder = paths[0].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(path, "wb")) for path in temporary]
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        if len(paths) > 1:
-            paths[-1].unlink(missing_ok=True)
-        for source, target in zip(temporary, paths, strict=True):
-            os.replace(source, target)
-        if os.name == "posix":  # makes the names last through a power cut; elsewhere a folder can't be opened
-            descriptor = os.open(folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written to: {error.strerror or error}") from None
-    finally:
-        for path in temporary:
-            with suppress(OSError):
-                path.unlink()

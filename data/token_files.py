@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from config._cli import did_you_mean
 from config._errors import UserError
-from data.corpora import CORPORA, locate, replacing
+from config._files import replacing
+from data.corpora import CORPORA, locate
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, code_points, from_json
 
 FORMAT = 1
@@ -73,13 +74,11 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
         raise UserError(
             f"{source}: {'not a regular file' if os.path.exists(source) else 'no such file'}; --input=FILE names a text"
         )
-    with tqdm(
-        total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="prepare, in 2 passes", disable=None
-    ) as bar:
+    with tqdm(total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
         text, digest = TextFile(source, documents, bar), hashlib.sha256()
         tokenizer, tokens, moved = survey(text, tokenizer, digest)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
-        with replacing(out / "train.bin", out / "val.bin", out / "meta.json") as (train, val, meta):
+        with replacing(out / "train.bin", out / "val.bin", out / "meta.json", shared=True) as (train, val, meta):
             splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
             for piece in text.pieces(again := hashlib.sha256()):
                 if documents:

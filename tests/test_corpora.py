@@ -6,8 +6,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from config._errors import UserError
+from config._files import replacing
 from data import corpora
-from data.corpora import CORPORA, Corpus, locate, replacing
+from data.corpora import CORPORA, Corpus, locate
 
 TEXT = b"It was the best of times, it was the worst of times.\n" * 50_000  # several chunks
 
@@ -148,5 +149,5 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert first.read_bytes() == last.read_bytes() == b"2"
     assert len(list(first.parent.iterdir())) == 2
-    with pytest.raises(UserError, match="can't be written to"), replacing(first / "below"):
+    with pytest.raises(UserError, match="can't write"), replacing(first / "below"):
         pass

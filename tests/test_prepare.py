@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_what_was_there(write, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="can't be written to: No space left"):
+    with pytest.raises(UserError, match="can't write .*: No space left"):
         prepare(write(ALICE), tmp_path / "data" / "mine")
     monkeypatch.undo()
     assert contents(tmp_path / "data" / "mine") == before
@@ -245,7 +245,7 @@ def test_a_full_disk_leaves_what_was_there(write, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_to(write, tmp_path):
-    with pytest.raises(UserError, match="can't be written to"):
+    with pytest.raises(UserError, match="can't write"):
         prepare(write(ALICE), write("a file", "data") / "mine")
 
 
@@ -452,7 +452,7 @@ def test_a_file_that_cannot_grow_is_removed(write, tmp_path):
 
     source = write(ALICE * 100)
     result = run(f"--input={source}", "--dataset=mine", f"--data_dir={tmp_path / 'data'}", preexec_fn=limit)
-    assert result.returncode == 2 and "can't be written to: File too large" in result.stderr
+    assert result.returncode == 2 and "can't write" in result.stderr and "File too large" in result.stderr
     assert result.stderr.count("\n") == 1 and list((tmp_path / "data" / "mine").iterdir()) == []
 
 

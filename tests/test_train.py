@@ -205,7 +205,7 @@ def test_fine_tuning_starts_from_the_weights_alone(flags, tmp_path, capsys):
     with pytest.raises(UserError, match="--n_layer=3: .* has n_layer=2"):
         train.main([*tuned, "--n_layer=3", "--overwrite=True"])
     with pytest.raises(UserError, match="no such checkpoint"):
-        train.main([*flags(), "--init_from=gpt2"])
+        train.main([*flags(), "--init_from=nowhere.pt", "--overwrite=True"])
 
 
 def test_eval_only_gives_the_checkpoints_loss(flags, capsys):
