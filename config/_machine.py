@@ -3,6 +3,7 @@
 Imports torch, which the options themselves do not.
 """
 
+import gc
 import os
 import re
 import signal
@@ -49,10 +50,9 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         try:
             yield
-            if self.world > 1:
-                dist.barrier()  # nobody hangs up while another still talks
         finally:
             if self.world > 1:
+                gc.collect()  # DDP's threads go while the group is still there; at exit they would abort the process
                 dist.destroy_process_group()
 
     def sum(self, tensor):
