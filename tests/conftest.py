@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from data import token_files
 
@@ -23,6 +24,12 @@ TINY = {
     "log_interval": 10,
     "device": "cpu",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and on a busy machine threads wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
