@@ -21,7 +21,7 @@ import torch
 
 from config._cli import note
 from config._errors import UserError
-from config._files import replacing
+from config._files import lock_folder, replacing
 from config._schema import ModelConfig, TrainConfig
 from model import GPT
 
@@ -72,6 +72,9 @@ def load(path):
     if not isinstance(state["format"], int) or state["format"] > FORMAT:
         raise UserError(f"{path}: format {state['format']}, but this quill reads up to {FORMAT}; update quill")
     _require(state, SAMPLE_KEYS, path)
+    kinds = {"config": dict, "vocab_size": int, "model": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(state[key], kind)]:
+        raise UserError(f"{path}: damaged: {', '.join(wrong)} is not what it should be")
     return state
 
 
@@ -96,7 +99,20 @@ def load_weights(model, weights, path):
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: its weights do not fit its own shape: {reason}") from None
+        raise UserError(f"{path}: its weights do not fit its own shape: {reason[:200]}") from None
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        raise UserError(f"{path}: its weights are not finite; use an earlier checkpoint")
+
+
+def load_optimizer(optimizer, saved):
+    """The saved moments, with the settings that this run was given."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint's optimizer state does not fit this run: {error}") from None
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 # ---------------------------------------------------------------- a run's start
@@ -155,21 +171,16 @@ def start(from_file, flags):
 def _refuse_changes(given, fixed, path):
     for key in sorted(given.keys() & fixed.keys()):
         if given[key] != fixed[key]:
-            raise UserError(f"--{key}={given[key]}: {path} has {key}={fixed[key]}, which can't change; leave it out")
+            raise UserError(f"{key}={given[key]}: {path} has {key}={fixed[key]}, which can't change; leave {key} out")
 
 
 def claim(config):
-    """Make sure that out_dir can be written to; a fresh run takes the place of what is there."""
+    """Take possession of out_dir for as long as the process lives; a fresh run takes the place of what is there."""
     folder = Path(config.out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-        if config.init_from != "resume":
-            for name in ("last.pt", "best.pt", "metrics.csv"):
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir={config.out_dir}: can't be written to: {error.strerror}") from None
+    lock_folder(folder)
+    if config.init_from != "resume":
+        for name in ("last.pt", "best.pt", "metrics.csv"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def check_vocabulary(state, dataset):

@@ -1,6 +1,7 @@
 """What people see of a run: a progress bar or plain lines, metrics.csv, and samples. Nothing here changes training."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -22,10 +23,15 @@ class Reporter:
         self.config, self.progress, self.machine = config, progress, machine
         self.flops_per_token = flops_per_token
         self.quiet = machine.rank != 0
-        on_terminal = sys.stderr.isatty() and not self.quiet
+        on_terminal = sys.stderr.isatty() and not self.quiet and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self.lines = not self.quiet and not (on_terminal and sys.stdout.isatty())
         self.bar = tqdm(
-            total=config.max_iters, initial=progress.step, unit="step", disable=not on_terminal, dynamic_ncols=True
+            total=config.max_iters,
+            initial=progress.step,
+            disable=not on_terminal,
+            dynamic_ncols=True,
+            leave=False,
+            bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self.tokens, self.busy = 0, 0.0  # tokens and seconds of training since the last row
         self.val_loss = None

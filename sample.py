@@ -102,7 +102,10 @@ def main(argv):
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
     prompt = read_prompt(config)
-    tokenizer.encode(prompt)  # refuse unknown characters before anything is written
+    try:
+        tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--start={config.start}: {error}; {path} knows the characters of its training text") from None
     machine = pick_machine(config)
     model = checkpoint.load_model(state, path).to(machine.device)
 

@@ -80,14 +80,6 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def load_optimizer(optimizer, saved):
-    """The saved moments, with the settings that this run was given."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
-
-
 # ---------------------------------------------------------------- a step, an evaluation
 
 
@@ -233,7 +225,9 @@ def train(config, flags, state, machine):
     if config.eval_only:
         val_loss = evaluate(eval_model, val_batches, config, machine)
         if machine.rank == 0:
-            print(f"step {progress.step}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.3f}")
+            print(
+                f"step {state['step'] if state else 0}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.3f}"
+            )
         return 0
     if progress.step >= config.max_iters:
         note(f"note: {config.out_dir} is at step {progress.step} already; to go on, raise --max_iters")
@@ -245,7 +239,7 @@ def train(config, flags, state, machine):
     optimizers = make_optimizers(model, config)
     if config.init_from == "resume":
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
+            checkpoint.load_optimizer(optimizer, saved)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     machine.on_rank_0(checkpoint.claim, config)
@@ -320,6 +314,8 @@ def train(config, flags, state, machine):
         return 128 + stopped_by
     if not patience_left:
         reporter.say(f"stopped early: {config.patience} evaluations without a better one")
+    if config.final_samples:
+        reporter.say(f"{config.final_samples} samples:")
     show_samples(config.final_samples)
     reporter.say(
         f"best val loss {progress.best_val_loss:.4f}; sample with: python sample.py --out_dir={config.out_dir}"

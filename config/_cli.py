@@ -74,11 +74,11 @@ def read_args(argv, schema, doc):
             positional.append(arg)
             continue
         key, equals, text = arg.lstrip("-").partition("=")
-        if not arg.startswith("--"):
+        if not arg.startswith("--") or not key:
             raise UserError(f"{arg}: options are written --key=value (see --help)")
         if not equals and key in types_:
             if types_[key] is not bool:
-                raise UserError(f"{arg}: give it a value, as in {arg}={describe_default(schema, key)}")
+                raise UserError(f"{arg}: write {arg}=VALUE, as in {arg}={describe_default(schema, key)}")
             text = "True"
         if equals and not text and types_.get(key) in (int, float):
             continue
@@ -92,13 +92,16 @@ def read_config_file(path, schema):
     It runs in a namespace of its own; names with a leading underscore, modules and functions are its own business.
     """
     path = Path(path)
+    if not path.is_file() and (CONFIG_DIR.parent / path).is_file():
+        path = CONFIG_DIR.parent / path  # named as in README, from another folder
     if not path.is_file():
         known = [str(Path("config") / p.relative_to(CONFIG_DIR)) for p in config_files()]
-        raise UserError(f"{path}: no such config file{did_you_mean(str(path), known)}; `python train.py` lists them")
+        guess = did_you_mean(str(path), known) or did_you_mean(f"config/{path}.py", known)
+        raise UserError(f"{path}: no such config file{guess}; `python train.py` lists them")
     try:
         names = runpy.run_path(str(path))
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         line = next(
             (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "?"
@@ -174,7 +177,7 @@ def option_types(schema: type[Checked]) -> dict[str, typing.Any]:
 
 def did_you_mean(word, known):
     close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def config_files():
@@ -206,7 +209,7 @@ def help_text(schema, doc):
         for f in own:
             kind = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is typing.Literal else ()
             choices = f" ({' | '.join(str(c) for c in kind)})" if kind else ""
-            lines.append(f"  --{f.name + '=' + describe_default(schema, f.name):28} {f.metadata['help']}{choices}")
+            lines.append(f"  --{f.name + '=' + describe_default(schema, f.name):32} {f.metadata['help']}{choices}")
         if own:
             lines.append("")
     return "\n".join(lines).rstrip()

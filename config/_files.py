@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process writes to."""
 
 import os
 from contextlib import ExitStack, contextmanager, suppress
@@ -39,3 +39,23 @@ def replacing(*paths, shared=False):
         for path in temporary:
             with suppress(OSError):
                 path.unlink()
+
+
+def lock_folder(folder):
+    """Make `folder`, see that it can be written to, and refuse it if another living process has locked it.
+
+    The lock ends with the process, however that ends; the empty file .lock stays.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)  # stays open, and with it the lock
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written to: {error.strerror}") from None
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is writing there; choose another folder") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass

@@ -142,7 +142,8 @@ def pick_machine(config, ranks=None):
             raise UserError(f"--device=mps: {ranks.world} processes can't share it; use --device=cpu")
         name = "mps"
     else:
-        name = f"cpu, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device)
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--dtype=float16 is for GPUs; use --dtype=float32 or --dtype=bfloat16 on a CPU")

@@ -7,7 +7,6 @@ because a validation pass is exact unless it is capped.
 Every class below is one group of options; a command's options are its groups joined by inheritance.
 """
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -27,8 +26,8 @@ class Checked:
             value, limits = getattr(self, f.name), f.metadata
             if value is None or isinstance(value, (str, bool)):
                 continue
-            if not math.isfinite(value):
-                raise UserError(f"--{f.name}={value}: must be a finite number")
+            if not -1e300 < value < 1e300:  # nan is neither; an int may be too large for a float
+                raise UserError(f"--{f.name}={str(value)[:30]}: must be a finite number of a sensible size")
             if limits["at_least"] is not None and value < limits["at_least"]:
                 raise UserError(f"--{f.name}={value}: must be at least {limits['at_least']}")
             if limits["above"] is not None and value <= limits["above"]:
@@ -82,6 +81,10 @@ class RunConfig(Checked):
     )
     overwrite: bool = option(False, "let a fresh run replace the one that out_dir holds")
     seed: int = option(1337, "all randomness derives from (seed, step, rank)", at_least=0)
+
+    def check(self):
+        if not self.out_dir:
+            raise UserError("--out_dir= is empty; name a folder, as in --out_dir=out/mine")
 
 
 @dataclass(frozen=True)
@@ -142,14 +145,14 @@ class SystemConfig(Checked):
 
 @dataclass(frozen=True)
 class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelConfig):
-    """The options of train.py"""
+    """Compiling"""
 
     compile: Literal["auto", True, False] = option("auto", "torch.compile; auto uses it on CUDA, where it pays")
 
 
 @dataclass(frozen=True)
 class SampleConfig(SystemConfig):
-    """The options of sample.py"""
+    """Sampling"""
 
     out_dir: str = option("out", "the run to sample from: its best.pt, else its last.pt")
     ckpt: str = option("", "a checkpoint file instead of out_dir; nanoGPT's ckpt.pt works too")
@@ -169,13 +172,26 @@ class SampleConfig(SystemConfig):
 
 @dataclass(frozen=True)
 class PrepareConfig(Checked):
-    """The options of prepare.py"""
+    """Preparing a text"""
 
     input: str = option("", "a UTF-8 text file; for a known corpus, a copy of it that you already have")
     dataset: str = option("", "name of the folder to write in data_dir")
     data_dir: str = option("data", "folder of the prepared datasets")
     documents: Literal["none", "lines"] = option("none", "lines: every line is a document of its own, as in names")
     tokenizer: Literal["char", "byte"] = option("char", "what a token is: a character of the text, or a UTF-8 byte")
+
+
+@dataclass(frozen=True)
+class BenchConfig(Checked):
+    """Benchmarks"""
+
+    peer: str = option("", "a checkout of nanoGPT to measure beside ours; empty measures ours alone")
+    pairs: int = option(5, "runs of each, in turn", at_least=1)
+    seeds: int = option(5, "compare: seeds for each config", at_least=1)
+    recipe: str = option("config/shakespeare_char_cpu.py", "loss: the config to run")
+    data_dir: str = option("data", "folder of the prepared datasets")
+    out_dir: str = option("out/bench", "folder for the JSON and for compare's runs")
+    device: str = option("auto", "as in train.py")
 
 
 # nanoGPT's keys that have no meaning of their own here: what to say, and what they stand for now.

@@ -85,6 +85,15 @@ def test_foreign_files(tmp_path):
     refused(path, "best_val_loss")
     torch.save(state(format=1, vocab_size=12), path)
     refused(path, "do not fit")
+    for change in ({"config": None}, {"vocab_size": "q"}, {"model": None}):
+        torch.save(state(format=1, **change), path)
+        refused(path, "damaged")
+    torch.save(state(format=1, config=SHAPE | {"n_layer": "x"}), path)
+    refused(path, "makes no sense")
+    weights = state()["model"]
+    weights["lm_head.weight"][0, 0] = torch.nan
+    torch.save(state(format=1, model=weights), path)
+    refused(path, "not finite")
     path.unlink()
     path.mkdir()
     refused(path, "no such checkpoint")

@@ -120,6 +120,8 @@ def test_wrong_flags(argv, words):
         ({"max_iters": 0}, ["--max_iters=0"]),
         ({"learning_rate": 0.0}, ["--learning_rate=0.0", "above 0"]),
         ({"learning_rate": float("nan")}, ["--learning_rate=nan", "finite"]),
+        ({"warmup_iters": 10**400}, ["--warmup_iters=1000", "sensible"]),
+        ({"out_dir": ""}, ["--out_dir= is empty"]),
         ({"dropout": 1.0}, ["--dropout=1.0", "below 1"]),
         ({"min_lr": 1.0}, ["--min_lr=1.0", "--learning_rate=0.0006"]),
         ({"wsd_decay": 1.5}, ["--wsd_decay=1.5"]),
@@ -153,11 +155,11 @@ def test_wrong_files(tmp_path, text, words):
 
 
 def test_a_missing_file_and_one_that_is_not_utf8(tmp_path):
-    with pytest.raises(UserError, match="config/shakespear.py: no such config file; did you mean config/shakespeare_"):
+    with pytest.raises(UserError, match="config/shakespear.py: no such config file .did you mean config/shakespeare_"):
         read_config_file("config/shakespear.py", TrainConfig)
     path = tmp_path / "run.py"
     path.write_bytes(b"dataset = '\xff'\n")
-    with pytest.raises(UserError, match="run.py"):
+    with pytest.raises(UserError, match="run.py, line 1: .*utf-8"):
         read_config_file(path, TrainConfig)
 
 

@@ -4,6 +4,8 @@ import csv
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,9 +170,9 @@ def test_options_on_resume(flags, tmp_path):
     assert state["config"]["weight_decay"] == 0.3 and state["config"]["max_iters"] == 14
     assert state["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.3
     assert state["optimizers"][0]["param_groups"][0]["betas"] == (0.9, 0.9)
-    with pytest.raises(UserError, match="--n_layer=1: .*last.pt has n_layer=2, which can't change"):
+    with pytest.raises(UserError, match="n_layer=1: .*last.pt has n_layer=2, which can't change"):
         train.main([str(file), "--init_from=resume", "--n_layer=1"])
-    with pytest.raises(UserError, match="--optimizer=muon"):
+    with pytest.raises(UserError, match="optimizer=muon"):
         train.main([str(file), "--init_from=resume", "--optimizer=muon"])
     with pytest.raises(UserError, match="--ema_decay=0.5"):
         train.main([str(file), "--init_from=resume", "--ema_decay=0.5"])
@@ -189,6 +191,18 @@ def test_another_run_is_not_overwritten(flags):
     assert last(flags())["step"] == 3 and [row[0] for row in rows(flags())] == ["step", "3"]
 
 
+def test_a_folder_in_use_is_refused(flags):
+    code = "import sys; from pathlib import Path; from config._files import lock_folder\n"
+    code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, str(out_dir(flags()))]
+    with subprocess.Popen(argv, cwd=train.__file__.rpartition("/")[0], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another process is writing there"):
+            train.main(flags())
+        other.kill()
+    run(flags(max_iters=1))
+
+
 def test_fine_tuning_starts_from_the_weights_alone(flags, tmp_path, capsys):
     run(flags(ema_decay=0.5))
     tuned = [flag for flag in flags(out_dir=tmp_path / "tuned") if not flag.startswith(("--n_", "--block"))]
@@ -202,7 +216,7 @@ def test_fine_tuning_starts_from_the_weights_alone(flags, tmp_path, capsys):
     assert state["step"] == 1 and state["config"]["n_embd"] == 16
     source = last(flags())["ema"]
     assert all(torch.allclose(state["model"][key], source[key], atol=1e-6) for key in source)
-    with pytest.raises(UserError, match="--n_layer=3: .* has n_layer=2"):
+    with pytest.raises(UserError, match="n_layer=3: .* has n_layer=2"):
         train.main([*tuned, "--n_layer=3", "--overwrite=True"])
     with pytest.raises(UserError, match="no such checkpoint"):
         train.main([*flags(), "--init_from=nowhere.pt", "--overwrite=True"])
@@ -379,7 +393,7 @@ def test_overwriting_leaves_nothing_of_the_other_run(flags, monkeypatch):
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train.main(flags(overwrite=True))
-    assert [path.name for path in out_dir(flags()).iterdir()] == ["metrics.csv"]
+    assert sorted(path.name for path in out_dir(flags()).iterdir()) == [".lock", "metrics.csv"]
 
 
 def test_options_are_checked_when_they_are_complete(flags):
@@ -443,7 +457,7 @@ def test_patience_stops_early_and_best_is_never_replaced_by_worse(flags, monkeyp
 def test_samples_at_evaluations_and_at_the_end(flags, capsys):
     run(flags(dataset="words", eval_samples=2, final_samples=5, sample_tokens=12, log_interval=100))
     out = capsys.readouterr().out.splitlines()
-    plain = [line for line in out if not line.startswith(("step", "best")) and "parameters" not in line]
+    plain = [line for line in out if not line.startswith(("step", "best", "5 samples")) and "parameters" not in line]
     assert len(plain) == 2 * 2 + 5
     assert all(len(line) <= 12 and line.isalpha() or line == "" for line in plain)
 
