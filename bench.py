@@ -166,8 +166,8 @@ OURS = """
 from config._schema import ModelConfig, SampleConfig
 from config._machine import pick_machine
 from model import GPT
-model = GPT(ModelConfig(**{shape!r}), {vocab}).eval()
 machine = pick_machine(SampleConfig(device="cpu"))
+model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(machine.dtype)
 """
 THEIRS = """
 with contextlib.redirect_stdout(io.StringIO()):

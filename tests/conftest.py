@@ -23,6 +23,7 @@ TINY = {
     "eval_interval": 20,
     "log_interval": 10,
     "device": "cpu",
+    "dtype": "float32",
 }
 
 

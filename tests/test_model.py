@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config._schema import ModelConfig
-from model import GPT, sample_token
+from model import GPT, Dropout, sample_token
 
 V = 11
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
@@ -228,6 +228,41 @@ def test_untrained_loss_is_that_of_guessing():
     model = GPT(ModelConfig(n_layer=4, n_head=4, n_embd=64, block_size=32), 65)
     idx = torch.randint(65, (8, 32))
     assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(65), abs=0.05)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_zeroes_its_share_evenly_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout = Dropout(p).train()
+    x = torch.ones(1000, 1003, requires_grad=True)
+    y = dropout(x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=0.002)
+    assert y[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4)
+    for axis in (0, 1):  # no row, no column and no neighbour is favoured
+        share = kept.float().mean(dim=axis)
+        assert share.std().item() == pytest.approx(math.sqrt(p * (1 - p) / 1000), rel=0.15)
+    flat = kept.flatten().double() - (1 - p)
+    for lag in (1, 2, 3, 4, 8):
+        assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4 * p * (1 - p) / 1000
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_attention_by_hand_is_the_fused_one():
+    """In training on a CPU; the gradient too. bfloat16 has 8 bits."""
+    torch.manual_seed(0)
+    attention = make(std=0.25).transformer["h"][0].attn
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.02)):
+        q, k, v = (torch.randn(2, 2, 8, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+        fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        expected = torch.autograd.grad(fused.square().sum(), (q, k, v))
+        attention.train()
+        attention.attn_dropout = Dropout(2**-16)  # the smallest there is: by hand, and almost never anything to see
+        by_hand = attention.attend(q, k, v) * (1 - 2**-16)
+        torch.testing.assert_close(by_hand, fused, atol=tolerance, rtol=tolerance)
+        for got, wanted in zip(torch.autograd.grad(by_hand.square().sum(), (q, k, v)), expected, strict=True):
+            torch.testing.assert_close(got, wanted, atol=5 * tolerance, rtol=5 * tolerance)
 
 
 def test_dropout_is_on_in_training_only():

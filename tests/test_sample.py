@@ -23,7 +23,7 @@ def runs(data_dir, tmp_path_factory):
 
 def write(capsys, runs, name, *flags):
     capsys.readouterr()
-    sample.main([f"--out_dir={runs / name}", "--device=cpu", *flags])
+    sample.main([f"--out_dir={runs / name}", "--device=cpu", "--dtype=float32", *flags])
     return capsys.readouterr().out
 
 
