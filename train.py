@@ -27,6 +27,7 @@ from config._schema import TrainConfig
 from data.batches import Batches, derive_seed
 from data.token_files import ensure, open_dataset
 from model import GPT
+from optimizer import learning_rate, make_optimizers
 from report import Reporter, draw_samples, perplexity
 
 
@@ -39,45 +40,6 @@ class Progress:
     evals_since_best: int = 0
     losses: list[float] = field(default_factory=list)  # one a step, since the last row of metrics.csv
     seconds: float = 0.0
-
-
-# ---------------------------------------------------------------- optimizer and schedule
-
-
-def learning_rate(step, config):
-    """The learning rate of a step, counted from 0: linear warm-up, then the schedule down to min_lr."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if config.schedule == "constant":
-        return config.learning_rate
-    start = config.warmup_iters
-    if config.schedule == "wsd":  # warm-up, stable, decay (Hägele et al. 2024)
-        start = max(start, config.decay_end - int(config.wsd_decay * config.decay_end))
-    if step < start:
-        return config.learning_rate
-    done = min(1.0, (step - start) / max(1, config.decay_end - start))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.min_lr + left * (config.learning_rate - config.min_lr)
-
-
-def make_optimizers(model, config):
-    """→ [(optimizer, its peak learning rate)]. Every parameter is in exactly one group; only matrices decay."""
-    muon, decay, no_decay = [], [], []
-    for name, parameter in model.named_parameters():
-        block_matrix = parameter.dim() == 2 and name.startswith("transformer.h.")
-        if config.optimizer == "muon" and block_matrix:
-            muon.append(parameter)
-        else:
-            (decay if parameter.dim() >= 2 else no_decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True
-    )
-    optimizers = [(adamw, config.learning_rate)]
-    if muon:
-        settings = {"momentum": config.muon_momentum, "weight_decay": config.weight_decay, "nesterov": True}
-        optimizers.append((torch.optim.Muon(muon, config.muon_learning_rate, **settings), config.muon_learning_rate))
-    return optimizers
 
 
 # ---------------------------------------------------------------- a step, an evaluation

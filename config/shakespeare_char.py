@@ -2,7 +2,8 @@
 
     python train.py config/shakespeare_char.py
 
-Shape and recipe are nanoGPT's config/train_shakespeare_char.py.
+Shape and recipe are nanoGPT's config/train_shakespeare_char.py. Not yet measured on a GPU; a matter of
+hours on two CPU cores, where a step takes about 4 s (docs/records.md).
 """
 
 out_dir = "out/shakespeare_char"

@@ -1,6 +1,9 @@
-"""Tiny Shakespeare by characters on a laptop's CPU: 0.8M parameters, nanoGPT's laptop recipe.
+"""Tiny Shakespeare by characters on a laptop's CPU: nanoGPT's laptop recipe, 0.8M parameters.
 
-python train.py config/shakespeare_char_cpu.py
+    python train.py config/shakespeare_char_cpu.py
+
+A minute on two CPU cores with bf16 (59 s, docs/records.md), to a validation loss of 1.84. The learning rate is twice
+nanoGPT's; at its 1e-3 the loss is 1.91.
 """
 
 out_dir = "out/shakespeare_char_cpu"

@@ -19,6 +19,7 @@ from config._errors import UserError
 from config._machine import pick_machine
 from config._schema import TrainConfig
 from model import GPT
+from optimizer import make_optimizers
 
 
 def run(flags):
@@ -254,44 +255,6 @@ def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
     assert model.training
 
 
-def test_schedules_by_formula():
-    """nanoGPT's get_lr for cosine; the others by hand."""
-
-    def config(**options):
-        return TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=20, **options)
-
-    for step in range(4):
-        assert train.learning_rate(step, config()) == pytest.approx((step + 1) / 5)
-    for step in range(4, 21):
-        expected = 0.1 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)) * 0.9
-        assert train.learning_rate(step, config()) == pytest.approx(expected)
-        assert train.learning_rate(step, config(schedule="linear")) == pytest.approx(1 - 0.9 * (step - 4) / 16)
-        assert train.learning_rate(step, config(schedule="constant")) == 1.0
-        wsd = 1.0 if step < 16 else 1 - 0.9 * (step - 16) / 4
-        assert train.learning_rate(step, config(schedule="wsd")) == pytest.approx(wsd)
-    assert train.learning_rate(50, config()) == pytest.approx(0.1)
-    assert train.learning_rate(10, config(lr_decay_iters=10)) == pytest.approx(0.1)
-
-
-def test_every_parameter_is_in_one_group_and_only_matrices_decay():
-    for optimizer in ("adamw", "muon"):
-        config = TrainConfig(
-            optimizer=optimizer, n_layer=2, n_head=2, n_embd=16, block_size=8, bias=True, weight_decay=0.25
-        )
-        model = GPT(config, 11)
-        optimizers = train.make_optimizers(model, config)
-        groups = [group for one, _ in optimizers for group in one.param_groups]
-        grouped = [parameter for group in groups for parameter in group["params"]]
-        assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
-        for group in groups:
-            for parameter in group["params"]:
-                assert group["weight_decay"] == (0.25 if parameter.dim() == 2 else 0.0)
-        kinds = [type(one).__name__ for one, _ in optimizers]
-        assert kinds == (["AdamW"] if optimizer == "adamw" else ["AdamW", "Muon"])
-    in_muon = {id(parameter) for parameter in optimizers[1][0].param_groups[0]["params"]}
-    assert in_muon == {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
-
-
 def test_a_step_is_adamw_by_formula(flags):
     """One step from zero moments, written out: w ← w (1 - lr λ) - lr g / (|g| + ε), with g clipped to norm 1."""
     config = TrainConfig(**train.read_args(flags(grad_clip=0.5), TrainConfig, "")[1])
@@ -306,9 +269,7 @@ def test_a_step_is_adamw_by_formula(flags):
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
     assert norm > 0.5  # so that clipping bites
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    got, got_norm, tokens = train.train_step(
-        model, batches, 0, train.make_optimizers(model, config), scaler, config, machine
-    )
+    got, got_norm, tokens = train.train_step(model, batches, 0, make_optimizers(model, config), scaler, config, machine)
     assert got.item() == pytest.approx(loss.item(), abs=1e-6) and got_norm.item() == pytest.approx(norm, rel=1e-5)
     assert tokens == 64
     lr = 1e-2 / 5  # the first of four warm-up steps
@@ -411,7 +372,7 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
     machine = replace(pick_machine(config), dtype=torch.float16)
     _, batches, _ = train.open_data(config, machine)
     model = GPT(config, 13)
-    optimizers = train.make_optimizers(model, config)
+    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
     start = model.lm_head.weight.detach().clone()
     train.train_step(model, batches, 0, optimizers, scaler, config, machine)

@@ -1,0 +1,87 @@
+"""The learning-rate schedule, which parameter gets which optimizer, and a faster Muon. The loop is train.py's."""
+
+import math
+from collections import defaultdict
+
+import torch
+
+
+def learning_rate(step, config):
+    """The learning rate of a step, counted from 0: linear warm-up, then the schedule down to min_lr."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    start = config.warmup_iters
+    if config.schedule == "wsd":  # warm-up, stable, decay (Hägele et al. 2024)
+        start = max(start, config.decay_end - int(config.wsd_decay * config.decay_end))
+    if step < start:
+        return config.learning_rate
+    done = min(1.0, (step - start) / max(1, config.decay_end - start))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def make_optimizers(model, config):
+    """→ [(optimizer, its peak learning rate)]. Every parameter is in exactly one group; only matrices decay."""
+    muon, decay, no_decay = [], [], []
+    for name, parameter in model.named_parameters():
+        block_matrix = parameter.dim() == 2 and name.startswith("transformer.h.")
+        if config.optimizer == "muon" and block_matrix:
+            muon.append(parameter)
+        else:
+            (decay if parameter.dim() >= 2 else no_decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True
+    )
+    optimizers = [(adamw, config.learning_rate)]
+    if muon:
+        settings = {"momentum": config.muon_momentum, "weight_decay": config.weight_decay}
+        optimizers.append((BatchedMuon(muon, config.muon_learning_rate, **settings), config.muon_learning_rate))
+    return optimizers
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024), taking all matrices of one shape at once.
+
+    One by one, the small matrices of a small GPT take longer than their gradients did.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)  # a tall matrix counts as its transpose
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[tuple(sorted(parameter.shape))].append(parameter)
+            for parameters in by_shape.values():
+                for parameter in parameters:
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                gradients = [parameter.grad for parameter in parameters]
+                buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's look ahead
+                wide = torch.stack([u.T if u.size(0) > u.size(1) else u for u in updates])
+                wide = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for parameter, update in zip(parameters, wide, strict=True):
+                    rows, columns = parameter.shape
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = update.T if rows > columns else update
+                    parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonalize(matrices, coefficients, steps, eps):
+    """Move the singular values of `matrices` (N, rows, columns), rows ≤ columns, towards 1. → the same shape, bfloat16
+
+    Newton-Schulz iteration with a polynomial of degree 5.
+    """
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x

@@ -1,0 +1,81 @@
+"""optimizer.py: schedules by their formulas, each parameter in one group, Muon against torch's."""
+
+import math
+
+import pytest
+import torch
+
+from config._schema import TrainConfig
+from model import GPT
+from optimizer import BatchedMuon, learning_rate, make_optimizers, orthogonalize
+
+
+def test_schedules_by_formula():
+    """nanoGPT's get_lr for cosine; the others by hand."""
+
+    def config(**options):
+        return TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=20, **options)
+
+    for step in range(4):
+        assert learning_rate(step, config()) == pytest.approx((step + 1) / 5)
+    for step in range(4, 21):
+        expected = 0.1 + 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)) * 0.9
+        assert learning_rate(step, config()) == pytest.approx(expected)
+        assert learning_rate(step, config(schedule="linear")) == pytest.approx(1 - 0.9 * (step - 4) / 16)
+        assert learning_rate(step, config(schedule="constant")) == 1.0
+        wsd = 1.0 if step < 16 else 1 - 0.9 * (step - 16) / 4
+        assert learning_rate(step, config(schedule="wsd")) == pytest.approx(wsd)
+    assert learning_rate(50, config()) == pytest.approx(0.1)
+    assert learning_rate(10, config(lr_decay_iters=10)) == pytest.approx(0.1)
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    for optimizer in ("adamw", "muon"):
+        config = TrainConfig(
+            optimizer=optimizer, n_layer=2, n_head=2, n_embd=16, block_size=8, bias=True, weight_decay=0.25
+        )
+        model = GPT(config, 11)
+        optimizers = make_optimizers(model, config)
+        groups = [group for one, _ in optimizers for group in one.param_groups]
+        grouped = [parameter for group in groups for parameter in group["params"]]
+        assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+        for group in groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0.25 if parameter.dim() == 2 else 0.0)
+        kinds = [type(one).__name__ for one, _ in optimizers]
+        assert kinds == (["AdamW"] if optimizer == "adamw" else ["AdamW", "BatchedMuon"])
+    in_muon = {id(parameter) for parameter in optimizers[1][0].param_groups[0]["params"]}
+    assert in_muon == {id(p) for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+
+
+def test_muon_is_torchs():
+    """Ten steps on matrices wide, tall and square, beside torch.optim.Muon, which takes them one by one."""
+    shapes = [(8, 24), (8, 24), (24, 8), (8, 8), (32, 8)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    one = BatchedMuon(ours, lr=0.02, momentum=0.9, weight_decay=0.1)
+    other = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1)
+    for _ in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        one.step()
+        other.step()
+    for a, b, matrix in zip(ours, theirs, start, strict=True):
+        moved = (b - matrix).norm().item()
+        assert moved > 0.3 and (a - b).norm().item() < 0.01 * moved  # bfloat16's rounding apart
+        buffers = one.state[a]["momentum_buffer"], other.state[b]["momentum_buffer"]
+        torch.testing.assert_close(*buffers, atol=1e-6, rtol=1e-5)
+
+
+def test_orthogonalized_singular_values_are_near_one():
+    def made_orthogonal(matrices):
+        return orthogonalize(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+
+    matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(made_orthogonal(matrices))
+    assert 0.6 < values.min() and values.max() < 1.3
+    # and the singular vectors are the matrix's own: u vᵀ of its decomposition, up to those values
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    assert (torch.linalg.matrix_norm(made_orthogonal(matrices) - u @ vt) / math.sqrt(16) < 0.35).all()
