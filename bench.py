@@ -122,12 +122,20 @@ def bench_train(config):
 
 
 def bench_loss(config):
-    """The laptop recipe from the command to its end, and the loss over the whole validation split that it reaches."""
+    """A recipe, the laptop's for the peer, from the command to its end, and the full-split loss that it reaches.
+
+    Each of our runs has a seed of its own, 1, 2, …; the peer's is always the same.
+    """
     losses = ([], [])
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            extra = {"out_dir": folder, "data_dir": config.data_dir, "device": config.device}
+            extra = {
+                "out_dir": folder,
+                "data_dir": config.data_dir,
+                "device": config.device,
+                "seed": len(losses[0]) + 1,
+            }
             seconds, _ = process(["train.py", config.recipe, *flags(extra)])
             losses[0].append(float(metrics(folder)[-1]["val_loss"]))
             return seconds
@@ -146,6 +154,7 @@ def bench_loss(config):
 
     figures = in_turn(config.pairs, ours, theirs if config.peer else None)
     lines = [row(f"{config.recipe}, whole process", "s", *figures, more_is_better=False)]
+    print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
     return [*lines, row("full-split val loss", "nats", *losses, more_is_better=False)]
 
 

@@ -216,7 +216,7 @@ class GPT(nn.Module):
         free = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
         return 6 * (self.num_params() - free) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         idx,
