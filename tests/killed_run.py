@@ -49,7 +49,7 @@ def main(kills, seed, flags):
         # The first two die before and in the very first save, between best.pt and last.pt.
         pid = child(flags, None if by_time else 3 if killed == 1 else rng.randint(1, 9))
         if by_time:
-            time.sleep(0.01 if killed == 0 else rng.uniform(0.05, 0.6))
+            time.sleep(0.01 if killed == 0 else rng.uniform(0.05, 0.4))
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         if os.WIFEXITED(status):
