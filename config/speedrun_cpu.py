@@ -2,8 +2,8 @@
 
     python train.py config/speedrun_cpu.py
 
-Muon for the blocks' matrices, RoPE, RMSNorm on everything, ReLU². 10 s on two CPU cores with bf16, to a validation loss of
-1.896 (mean of 5 seeds), where nanoGPT's laptop recipe takes 8 to 10 times as long to 1.898 (docs/records.md).
+Muon for the blocks' matrices, RoPE, RMSNorm on everything, ReLU². 10 s on two CPU cores with bf16, to a validation loss
+of 1.896 (mean of 5 seeds), where nanoGPT's laptop recipe takes 8 to 10 times as long to 1.898 (docs/records.md).
 """
 
 out_dir = "out/speedrun_cpu"
