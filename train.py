@@ -93,8 +93,8 @@ def compile_model(model, batches, config, machine):
     if not (machine.device.type == "cuda" if config.compile == "auto" else config.compile):
         return model
     x, y, _ = batches.step(0)[1][0]
-    compiled = torch.compile(model)
     try:
+        compiled = torch.compile(model)
         with machine.autocast():
             loss = compiled(x, y)[1]
         loss.backward()

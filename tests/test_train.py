@@ -439,6 +439,7 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(flags, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what Python has deprecated
 def test_a_compiled_run_is_the_uncompiled_run(flags, tmp_path):
     run(flags())
     run(flags(compile=True, out_dir=tmp_path / "compiled"))
