@@ -186,7 +186,7 @@ def _best_dtype(device):
         # Older cards emulate bf16: it "works", slower than fp32.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
-        # Where the processor multiplies bf16 itself, a step takes 0.4 to 0.7 of its time in fp32 (docs/records.md).
+        # Where the processor multiplies bf16 itself, a step takes 0.42 to 0.73 of its time in fp32 (docs/records.md).
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
         return torch.bfloat16 if native else torch.float32
