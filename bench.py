@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from config._cli import read_args, run
@@ -97,16 +98,17 @@ def span(values):
 def bench_train(config):
     """Tokens a second of training, evaluation left out, at the laptop recipe's shape and at 10.7M parameters."""
     lines = []
-    for name, shape, steps in (("laptop shape", LAPTOP, 200), ("10.7M shape", BABY, 6)):
+    for name, shape, steps in (("laptop shape", LAPTOP, 200), ("10.7M shape", BABY, 8)):
         tokens = shape["batch_size"] * shape["block_size"]
-        options = shape | {"max_iters": steps, "eval_interval": steps, "learning_rate": 1e-3, "warmup_iters": 100}
+        options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
 
         def ours(options=options):
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
                 extra |= {"gradient_accumulation_steps": 1, "log_interval": 1000, "device": config.device}
                 process(["train.py", *flags(options | extra)])
-                return float(metrics(folder)[-1]["tokens_per_s"])
+                speeds = [float(row["tokens_per_s"]) for row in metrics(folder)]
+                return statistics.harmonic_mean(speeds[1:])  # the first quarter holds the warm-up
 
         def theirs(options=options, steps=steps, tokens=tokens):
             with tempfile.TemporaryDirectory() as folder:
@@ -178,6 +180,18 @@ from model import GPT
 machine = pick_machine(SampleConfig(device="cpu"))
 model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(machine.dtype)
 """
+TRANSFORMERS = """
+from transformers import GPT2Config, GPT2LMHeadModel
+class GPT:
+    def __init__(self, n_layer, n_head, n_embd, block_size):
+        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size)
+        config = GPT2Config(vocab_size={vocab}, bos_token_id=0, eos_token_id=None, **shape)
+        self.model = GPT2LMHeadModel(config).eval()
+    def generate(self, idx, tokens, **options):
+        out = self.model.generate(idx, max_new_tokens=tokens, do_sample=True, pad_token_id=0, **options)
+        assert out.shape[1] == idx.shape[1] + tokens
+model = GPT(**{shape!r})
+"""
 THEIRS = """
 with contextlib.redirect_stdout(io.StringIO()):
     from model import GPT, GPTConfig
@@ -186,7 +200,10 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 
 def bench_generate(config):
-    """Tokens a second of `generate` within the block, random weights, temperature 0.8, top-k 50."""
+    """Tokens a second of `generate` within the block, random weights, temperature 0.8, top-k 50.
+
+    Beside the peer, and beside transformers where it is installed, both of which draw one sample at a time.
+    """
     lines = []
     baby = {key: BABY[key] for key in GPT2}
     for name, shape, vocab, batch, tokens in (
@@ -207,8 +224,14 @@ def bench_generate(config):
         def theirs(shape=shape, vocab=vocab, tokens=tokens):
             return measure(THEIRS, config.peer, batch=1, shape=shape, vocab=vocab, tokens=tokens)
 
+        def transformers():
+            return measure(TRANSFORMERS, ROOT)
+
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)
         lines.append(row(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
+        if config.peer and batch == 1 and find_spec("transformers"):
+            figures = in_turn(config.pairs, ours, transformers)
+            lines.append(row(f"generation, {name}, beside transformers", "tokens/s", *figures, more_is_better=True))
     return lines
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config._schema import ModelConfig
-from model import GPT, Dropout, sample_token
+from model import GPT, Dropout, Linear, sample_token
 
 V = 11
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
@@ -97,6 +97,23 @@ def test_causality_by_gradients(shape):
         model(idx)[0][0, t].square().sum().backward()
         reach = inputs[0].grad[0].abs().amax(dim=-1)
         assert (reach[: t + 1] > 0).all() and (reach[t + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 32), (3, 5), (33, 1)], ids=str)
+@pytest.mark.parametrize("out", [384, 65, 37, 1])  # even, odd, a prime beyond 32, and the smallest
+def test_the_linear_of_few_rows_is_a_linear(rows, out):
+    """fp32, against float64: what is rounded differently is still the same product, and so are its gradients."""
+    torch.manual_seed(rows[0])
+    x = torch.randn(*rows, 48, requires_grad=True)
+    linear = Linear(48, out).eval()
+    grad = torch.randn(*rows, out)
+    y = linear(x)
+    y.backward(grad)
+    weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
+    torch.testing.assert_close(y.double(), x.detach().double() @ weight.T + bias, atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.grad.double(), grad.double() @ weight, atol=2e-5, rtol=0)
+    expected = (grad.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1), grad.double().sum((0, 1)))
+    torch.testing.assert_close((linear.weight.grad.double(), linear.bias.grad.double()), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "none"])
