@@ -176,8 +176,10 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.transformer["drop"] = Dropout(config.dropout)
+        if config.norm_embedding:
+            self.transformer["ln_e"] = make_norm(config)
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transformer["ln_f"] = make_norm(config)
+        self.transformer["ln_f"] = make_norm(config) if config.norm_final else nn.Identity()
         self.lm_head = Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
@@ -186,13 +188,13 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), biases zero, and the last matrix of a block's two branches smaller by √(2 n_layer)."""
+        """N(0, init_std), or GPT-2's: N(0, 0.02), smaller by √(2 n_layer) in the matrix that ends a branch. Biases zero."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                branch = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if branch else 0.02)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, std=self.config.init_std or std)
 
     def hidden(self, idx, cache=None):
         """`idx` (B, T) → the final norm's output (B, T, C). With a cache, `idx` is what comes after its tokens."""
@@ -203,6 +205,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if self.config.position == "learned":
             x = x + self.transformer.wpe.weight[start:end]
+        if self.config.norm_embedding:
+            x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
         rotary = self.rotary[:, start:end] if self.rotary is not None else None
         for layer, block in enumerate(self.transformer.h):

@@ -113,5 +113,11 @@ def draw_samples(model, tokenizer, count, config, machine, step):
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed, step))
     prompt = torch.from_numpy(tokenizer.prompt("")).long().to(machine.device).repeat(count, 1)
     with machine.autocast():
-        out = model.generate(prompt, config.sample_tokens, 0.8, stop_token=tokenizer.bos, generator=generator)
+        out = model.generate(
+            prompt,
+            config.sample_tokens,
+            config.sample_temperature,
+            stop_token=tokenizer.bos,
+            generator=generator,
+        )
     return [tokenizer.decode(row[prompt.size(1) :]).strip() for row in out.tolist()]

@@ -50,12 +50,15 @@ class ModelConfig(Checked):
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
     bias: bool = option(False, "bias in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
+    norm_embedding: bool = option(False, "normalise the embeddings too, before the first block")
+    norm_final: bool = option(True, "normalise before lm_head")
     activation: Literal["gelu", "relu", "relu2", "swiglu"] = option("gelu", "the MLP's non-linearity")
     position: Literal["learned", "rope", "none"] = option("learned", "how the model knows a token's place")
     mlp_ratio: float = option(4.0, "the MLP's hidden width as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add a block's input to its output")
     tie_weights: bool = option(True, "lm_head shares the token embedding's matrix")
     qk_norm: bool = option(False, "RMSNorm on queries and keys")
+    init_std: float | None = option(None, "every matrix begins as N(0, init_std); empty is GPT-2's way", above=0)
 
     def check(self):
         if self.n_embd % self.n_head:
@@ -133,6 +136,7 @@ class ReportConfig(Checked):
     eval_samples: int = option(0, "samples to print at each evaluation", at_least=0)
     final_samples: int = option(0, "samples to print at the end", at_least=0)
     sample_tokens: int = option(200, "longest such sample, in tokens", at_least=1)
+    sample_temperature: float = option(0.8, "their temperature; 0 always takes the likeliest token", at_least=0)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def forward(idx, w, config):
     x = w["transformer.wte.weight"][idx]
     if config.position == "learned":
         x = x + w["transformer.wpe.weight"][: len(idx)]
+    if config.norm_embedding:
+        x = norm(x, config.norm, w, "transformer.ln_e")
     for layer in range(config.n_layer):
         name = f"transformer.h.{layer}"
         y = attention(norm(x, config.norm, w, f"{name}.ln_1"), w, f"{name}.attn", config)
@@ -84,7 +86,9 @@ def forward(idx, w, config):
         if config.mlp_ratio:
             y = mlp(norm(x, config.norm, w, f"{name}.ln_2"), w, f"{name}.mlp", config)
             x = x + y if config.residual else y
-    return norm(x, config.norm, w, "transformer.ln_f") @ w["lm_head.weight"].T
+    if config.norm_final:
+        x = norm(x, config.norm, w, "transformer.ln_f")
+    return x @ w["lm_head.weight"].T
 
 
 def loss(idx, targets, w, config):

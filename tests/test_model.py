@@ -26,6 +26,7 @@ SHAPES = {
     "no norm, no position, swiglu": {"norm": "none", "position": "none", "activation": "swiglu", "mlp_ratio": 2.5},
     "layernorm, rope, relu": {"position": "rope", "activation": "relu"},
     "no residual": {"residual": False},
+    "norm of the embeddings, none at the end": {"norm_embedding": True, "norm_final": False},
     "attention only": {"mlp_ratio": 0, "norm": "none", "residual": False, "n_layer": 1},
     "bigram": {"n_layer": 0, "position": "none", "norm": "none", "tie_weights": False},
 }
@@ -289,3 +290,16 @@ def test_dropout_is_on_in_training_only():
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_init_std_is_every_matrix_s():
+    """Within 3 % of 0.08 on 3 × 64² numbers and more; unset, GPT-2's 0.02, and 0.02 / √(2 · 2) at the end of a branch."""
+    torch.manual_seed(0)
+    wide = {"n_embd": 64, "n_layer": 2, "tie_weights": False, "block_size": 64}
+    for name, parameter in GPT(ModelConfig(**wide, n_head=2, init_std=0.08), 64).named_parameters():
+        if parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(0.08, rel=0.03), name
+    for name, parameter in GPT(ModelConfig(**wide, n_head=2), 64).named_parameters():
+        if parameter.dim() == 2:
+            expected = 0.01 if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
