@@ -188,7 +188,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """N(0, init_std), or GPT-2's: N(0, 0.02), smaller by √(2 n_layer) in the matrix that ends a branch. Biases zero."""
+        """N(0, init_std), or GPT-2's: N(0, 0.02), and smaller by √(2 n_layer) in the matrix that ends a branch."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

@@ -293,7 +293,7 @@ def test_dropout_is_on_in_training_only():
 
 
 def test_init_std_is_every_matrix_s():
-    """Within 3 % of 0.08 on 3 × 64² numbers and more; unset, GPT-2's 0.02, and 0.02 / √(2 · 2) at the end of a branch."""
+    """Within 3 % of 0.08, on 64² numbers or more; unset, 0.02, and 0.02 / √(2 · 2) at the end of a branch."""
     torch.manual_seed(0)
     wide = {"n_embd": 64, "n_layer": 2, "tie_weights": False, "block_size": 64}
     for name, parameter in GPT(ModelConfig(**wide, n_head=2, init_std=0.08), 64).named_parameters():

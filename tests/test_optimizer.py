@@ -69,9 +69,32 @@ def test_muon_is_torchs():
         torch.testing.assert_close(*buffers, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.03), (torch.float32, 1e-5)], ids=str)
+def test_orthogonalize_is_a_polynomial_of_the_singular_values(dtype, error):
+    """Against the decomposition in float64: u p(p(p(p(p(s))))) vᵀ, where p(s) = a s + b s³ + c s⁵."""
+    matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0)).double()
+    u, s, vt = torch.linalg.svd(matrices / torch.linalg.matrix_norm(matrices)[:, None, None], full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = u @ torch.diag_embed(s) @ vt
+    got = orthogonalize(matrices.to(dtype), (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    assert got.dtype == dtype
+    assert (torch.linalg.matrix_norm(got.double() - expected) < error * torch.linalg.matrix_norm(expected)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_muon_computes_in_the_dtype_that_it_is_given(dtype, monkeypatch):
+    seen = []
+    monkeypatch.setattr("optimizer.orthogonalize", lambda x, *_: seen.append(x.dtype) or x)
+    matrix = torch.nn.Parameter(torch.ones(4, 4))
+    matrix.grad = torch.ones(4, 4)
+    BatchedMuon([matrix], lr=0.1, dtype=dtype).step()
+    assert seen == [dtype]
+
+
 def test_orthogonalized_singular_values_are_near_one():
     def made_orthogonal(matrices):
-        return orthogonalize(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+        return orthogonalize(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
 
     matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(made_orthogonal(matrices))
