@@ -47,7 +47,7 @@ class Progress:
 
 def train_step(model, batches, step, optimizers, scaler, config, machine):
     """One optimizer step on the step's global batch. → loss, gradient norm (both still on the device), tokens."""
-    torch.manual_seed(derive_seed("dropout", config.seed, step, machine.rank))
+    machine.seed(derive_seed("dropout", config.seed, step, machine.rank))
     total, micro_batches = batches.step(step)
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):

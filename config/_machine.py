@@ -93,6 +93,14 @@ class Machine(Ranks):
         """Mixed precision: weights stay float32. A no-op when dtype is float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def seed(self, seed):
+        """Seed the device's random stream."""
+        if self.device.type == "cpu":
+            # torch.manual_seed sees to GPUs too, which takes 0.4 ms: a fifth of a small model's step.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
     @property
     def peak_flops(self):
         """The device's known peak in FLOP/s, or None; in half precision, which is all that data sheets agree on."""
