@@ -191,7 +191,7 @@ class BenchConfig(Checked):
 
     peer: str = option("", "a checkout of nanoGPT to measure beside ours; empty measures ours alone")
     pairs: int = option(5, "runs of each, in turn", at_least=1)
-    seeds: int = option(5, "compare: seeds for each config", at_least=1)
+    seeds: int = option(3, "compare, ladder: seeds for each config", at_least=1)
     recipe: str = option("config/shakespeare_char_cpu.py", "loss: the config to run")
     data_dir: str = option("data", "folder of the prepared datasets")
     out_dir: str = option("out/bench", "folder for the JSON and for compare's runs")

@@ -3,27 +3,33 @@
 import json
 import math
 import statistics
+import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 
 import bench
+from benches.compare import paired, verdict
+from benches.ladder import draw
+from config._cli import read_config_file
 from config._errors import UserError
+from config._schema import TrainConfig
 
 
 def test_paired_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1/√3, t of 2 degrees of freedom 4.303."""
-    mean, margin = bench.paired([0, 0, 0], [1, 2, 3])
+    mean, margin = paired([0, 0, 0], [1, 2, 3])
     assert mean == 2 and margin == pytest.approx(4.303 / math.sqrt(3))
-    assert bench.paired([1.0], [3.0]) == (2.0, math.inf)
-    _, margin = bench.paired([0] * 100, [0, 1] * 50)
+    assert paired([1.0], [3.0]) == (2.0, math.inf)
+    _, margin = paired([0] * 100, [0, 1] * 50)
     assert margin == pytest.approx(1.96 * statistics.stdev([0, 1] * 50) / 10)
 
 
 def test_verdicts():
-    assert bench.verdict("a", "b", -0.021, 0.006) == "b is better by 0.0210 ± 0.0060"
-    assert bench.verdict("a", "b", 0.021, 0.006) == "a is better by 0.0210 ± 0.0060"
-    assert "can't be told apart" in bench.verdict("a", "b", 0.005, 0.006)
-    assert "can't be told apart" in bench.verdict("a", "b", 0.5, math.inf)
+    assert verdict("a", "b", -0.021, 0.006) == "b is better by 0.0210 ± 0.0060"
+    assert verdict("a", "b", 0.021, 0.006) == "a is better by 0.0210 ± 0.0060"
+    assert "can't be told apart" in verdict("a", "b", 0.005, 0.006)
+    assert "can't be told apart" in verdict("a", "b", 0.5, math.inf)
 
 
 def test_compare_trains_both_resumes_and_tells_them_apart(flags, tmp_path, capsys):
@@ -47,15 +53,71 @@ def test_compare_trains_both_resumes_and_tells_them_apart(flags, tmp_path, capsy
     assert (tmp_path / "bench" / "compare" / "fast-1" / "last.pt").stat().st_mtime_ns == before
 
 
+RUNGS = sorted((Path(bench.__file__).parent / "config" / "ladder").glob("*.py"))
+INGREDIENTS = [
+    {"position"},
+    {"n_layer"},
+    {"n_head"},
+    {"mlp_ratio"},
+    {"residual"},
+    {"n_layer"},
+    {"norm"},
+    {"dropout"},
+]
+
+
+def test_each_rung_has_one_ingredient_more():
+    rungs = [read_config_file(path, TrainConfig) | {"out_dir": ""} for path in RUNGS]
+    assert len(rungs) == len(INGREDIENTS) + 1
+    for below, above, ingredient in zip(rungs, rungs[1:], INGREDIENTS, strict=False):
+        assert {key for key in below | above if below.get(key) != above.get(key)} == ingredient
+    classic = {"position": "learned", "mlp_ratio": 4.0, "residual": True, "norm": "layernorm"}
+    assert classic.items() <= rungs[-1].items() and rungs[-1]["dropout"] > 0
+
+
+def test_a_rung_trains_samples_and_is_drawn(flags, tmp_path, capsys):
+    """Two seeds of a bigram model: as many parameters as two matrices of V × 16 have."""
+    wanted = ("--max", "--eval", "--dataset", "--batch", "--grad", "--block", "--n_embd")
+    keep = [flag for flag in flags(max_iters=20) if flag.startswith(wanted)]
+    data_dir = next(flag for flag in flags() if flag.startswith("--data_dir"))
+    readme_picture = RUNGS[0].parents[2] / "docs" / "ladder.svg"
+    before = readme_picture.stat().st_mtime_ns
+    bench.main(["ladder", str(RUNGS[0]), "--seeds=2", data_dir, f"--out_dir={tmp_path}", *keep])
+    (bigram,) = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))["results"]
+    meta = json.loads((Path(data_dir.partition("=")[2]) / "prose" / "meta.json").read_text(encoding="utf-8"))
+    assert bigram["rung"] == "0_bigram" and bigram["parameters"] == 2 * 16 * len(meta["tokenizer"]["chars"])
+    losses = [run["val_loss"] for run in bigram["runs"]]
+    assert len(set(losses)) == 2 and bigram["val_loss"] == pytest.approx(sum(losses) / 2)
+    assert bigram["spread"] == pytest.approx(abs(losses[0] - losses[1])) and bigram["text"]
+    assert "0_bigram" in capsys.readouterr().out and "0 bigram" in (tmp_path / "ladder.svg").read_text(encoding="utf-8")
+    assert readme_picture.stat().st_mtime_ns == before
+
+
+def test_ladder_picture_is_to_scale():
+    """Three losses at equal distances stand at equal distances, and a wider range of seeds is a longer bar."""
+    lines = [
+        {"rung": f"{i}_<x>", "val_loss": loss, "runs": [{"val_loss": loss - i / 50}, {"val_loss": loss + i / 50}]}
+        for i, loss in enumerate((2.5, 2.0, 1.5))
+    ]
+    picture = xml.etree.ElementTree.fromstring(draw(lines))
+    dots = [float(dot.get("cx")) for dot in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    assert dots[0] - dots[1] == pytest.approx(dots[1] - dots[2], abs=0.2) and dots[0] > dots[1] > dots[2] > 0
+    bars = [path.get("d") for path in picture.iter("{http://www.w3.org/2000/svg}path") if path.get("stroke") == "#c73"]
+    lengths = [float(d.split("H")[1]) - float(d.split()[0][1:]) for d in bars]
+    assert lengths[0] == 0 and lengths[2] == pytest.approx(2 * lengths[1], abs=0.3)
+    assert max(dots) + 60 < float(picture.get("width"))
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, generate, start, prepare, compare"),
+        ([], "give one of train, loss, generate, start, prepare, ladder, compare"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "--peer=nowhere"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of bench.py train"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
+        (["train", "config/names.py"], "config/names.py: bench.py train takes options only"),
         (["start", "--pairs=0"], "--pairs=0"),
     ],
 )

@@ -1,0 +1,81 @@
+"""The ladder of config/ladder/: each rung trained with several seeds, as a table and as the picture of README."""
+
+import statistics
+from html import escape
+from pathlib import Path
+
+import checkpoint
+from benches.measure import ROOT, flags, metrics, process
+from config._files import replacing
+
+ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, how wide the picture is
+
+
+def ladder(paths, given, config):
+    """Train every rung with seeds 1, 2, …; each run resumes where an earlier call was stopped. → a line for each rung
+
+    paths: the rungs to take, all if empty. given: training options that differ from their own. The picture of all rungs
+    as they are goes to docs, any other to out_dir.
+    """
+    lines = []
+    for path in [Path(path) for path in paths] or sorted((ROOT / "config" / "ladder").glob("*.py")):
+        runs = []
+        for seed in range(1, config.seeds + 1):
+            out_dir = Path(config.out_dir) / "ladder" / f"{path.stem}-{seed}"
+            own = {"seed": seed, "out_dir": out_dir, "init_from": "auto", "data_dir": config.data_dir}
+            process(["train.py", path, *flags(given | own | {"device": config.device})])
+            last = metrics(out_dir)[-1]
+            runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
+        best = out_dir / "best.pt"
+        options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150, "device": config.device}
+        _, text = process(["sample.py", *flags(options)])
+        losses = [run["val_loss"] for run in runs]
+        line = {
+            "rung": path.stem,
+            "parameters": checkpoint.load_model(checkpoint.load(best), best).num_params(),
+            "val_loss": statistics.mean(losses),
+            "spread": max(losses) - min(losses),
+            "seconds": statistics.median(run["seconds"] for run in runs),
+            "text": [written[:100] for written in text.splitlines() if written.strip("- ")][:2],
+            "runs": runs,
+        }
+        lines.append(line)
+        print(
+            f"{line['rung']:12} {line['parameters']:9,} parameters  val loss {line['val_loss']:.3f} "
+            f"(spread {line['spread']:.3f}, n = {len(runs)})  {line['seconds']:5.1f} s",
+            *(f"\n    {written}" for written in line["text"]),
+            flush=True,
+        )
+    folder = Path(config.out_dir) if given or paths else ROOT / "docs"
+    with replacing(folder / "ladder.svg") as (file,):
+        file.write(draw(lines).encode())
+    return lines
+
+
+def draw(lines):
+    """Rungs → SVG: for each its name, a dot at its mean loss and a bar over the range of its seeds."""
+    losses = [run["val_loss"] for line in lines for run in line["runs"]]
+    low, high = int(min(losses) * 10) / 10, int(max(losses) * 10 + 1) / 10
+
+    def x(loss):
+        return round(LEFT + (loss - low) / (high - low) * (WIDTH - LEFT - 70), 1)
+
+    height = ROW * (len(lines) + 2)
+    parts = []
+    for i in range(round((high - low) * 10) + 1):
+        at, label = x(low + i / 10), f"{low + i / 10:.1f}"
+        parts.append(f'<path d="M{at} {ROW - 8}V{height - ROW}" stroke="#8884"/>')
+        parts.append(f'<text x="{at}" y="{height - ROW + 18}" text-anchor="middle" class="small">{label}</text>')
+    for i, line in enumerate(lines):
+        y, own = ROW * (i + 1) + 10, [run["val_loss"] for run in line["runs"]]
+        parts.append(f'<text x="12" y="{y + 5}">{escape(line["rung"].replace("_", " "))}</text>')
+        parts.append(f'<path d="M{x(min(own))} {y}H{x(max(own))}" stroke="#c73" stroke-width="5"/>')
+        parts.append(f'<circle cx="{x(line["val_loss"])}" cy="{y}" r="5" fill="#36c"/>')
+        parts.append(f'<text x="{x(line["val_loss"]) + 12}" y="{y + 5}">{line["val_loss"]:.3f}</text>')
+    style = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
+    title = "loss over the whole validation split, nats a character"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">\n'
+        f"<title>The ladder: {title}</title>\n<style>{style}</style>\n"
+        f'<text x="{LEFT}" y="16" class="small">{title}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+    )

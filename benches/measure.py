@@ -1,0 +1,72 @@
+"""Running a command to its end, timing it, and showing what came out: what every bench needs."""
+
+import csv
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from config._errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def process(argv, cwd=ROOT):
+    """Run a command to its end. → seconds, what it printed. It must succeed."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, argv))} in {cwd} failed: {done.stderr.strip().splitlines()[-1]}")
+    return seconds, done.stdout
+
+
+def flags(options):
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def hardware():
+    """→ the processor's name and the threads that torch would use."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        name = names[0] if names else name
+    return f"{name}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
+
+
+def in_turn(pairs, ours, peer=None):
+    """Measure `ours()` and `peer()` alternately. → [ours], [peer]"""
+    figures = ([], [])
+    for _ in range(pairs):
+        for measure, into in zip((ours, peer), figures, strict=True):
+            if measure is not None:
+                into.append(measure())
+    return figures
+
+
+def row(what, unit, ours, peer, more_is_better):
+    """A line of the table: medians, ranges, and the ratio pair by pair, above 1 where we are better."""
+    line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
+    text = f"{what}: {span(ours)} {unit}"
+    if peer:
+        line["ratio"] = [a / b if more_is_better else b / a for a, b in zip(ours, peer, strict=True)]
+        text += f", peer {span(peer)}, ratio {span(line['ratio'])}"
+    print(f"{text} (n = {len(ours)})", flush=True)
+    return line
+
+
+def span(values):
+    """Median and range, to four digits."""
+    shown = [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in (
+        statistics.median(values), min(values), max(values)
+    )]  # fmt: skip
+    return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
+
+
+def metrics(folder):
+    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,32 @@
+"""Rung 0 of the ladder: a bigram model: the next character from the last one alone.
+
+    python train.py config/ladder/0_bigram.py
+
+A table of vectors, one for each character, and a linear layer that turns it into the logits of the next: no context.
+"""
+
+out_dir = "out/ladder/0_bigram"
+dataset = "shakespeare_char"
+
+n_layer = 0
+n_head = 1
+n_embd = 64
+block_size = 64
+position = "none"
+mlp_ratio = 0.0
+residual = False
+norm = "none"
+tie_weights = False
+dropout = 0.0
+
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 2000
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 50
+beta2 = 0.99
+
+eval_interval = 500
+log_interval = 100
+final_samples = 1

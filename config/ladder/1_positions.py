@@ -1,0 +1,32 @@
+"""Rung 1 of the ladder: the bigram model, told where it is.
+
+    python train.py config/ladder/1_positions.py
+
+A position has a vector too, added to the character's. Where in a window a character stands says little about the next.
+"""
+
+out_dir = "out/ladder/1_positions"
+dataset = "shakespeare_char"
+
+n_layer = 0
+n_head = 1
+n_embd = 64
+block_size = 64
+position = "learned"  # new here
+mlp_ratio = 0.0
+residual = False
+norm = "none"
+tie_weights = False
+dropout = 0.0
+
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 2000
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 50
+beta2 = 0.99
+
+eval_interval = 500
+log_interval = 100
+final_samples = 1

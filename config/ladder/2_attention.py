@@ -1,0 +1,32 @@
+"""Rung 2 of the ladder: one masked attention head.
+
+    python train.py config/ladder/2_attention.py
+
+Each character looks back at those before it and takes what it needs; the head's output is all that goes on.
+"""
+
+out_dir = "out/ladder/2_attention"
+dataset = "shakespeare_char"
+
+n_layer = 1  # new here
+n_head = 1
+n_embd = 64
+block_size = 64
+position = "learned"
+mlp_ratio = 0.0
+residual = False
+norm = "none"
+tie_weights = False
+dropout = 0.0
+
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 2000
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 50
+beta2 = 0.99
+
+eval_interval = 500
+log_interval = 100
+final_samples = 1

@@ -1,0 +1,32 @@
+"""Rung 5 of the ladder: residual connections.
+
+    python train.py config/ladder/5_residual.py
+
+Attention and MLP add to what came in, in place of replacing it.
+"""
+
+out_dir = "out/ladder/5_residual"
+dataset = "shakespeare_char"
+
+n_layer = 1
+n_head = 4
+n_embd = 64
+block_size = 64
+position = "learned"
+mlp_ratio = 4.0
+residual = True  # new here
+norm = "none"
+tie_weights = False
+dropout = 0.0
+
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 2000
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 50
+beta2 = 0.99
+
+eval_interval = 500
+log_interval = 100
+final_samples = 1

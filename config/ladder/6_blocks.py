@@ -1,0 +1,32 @@
+"""Rung 6 of the ladder: four blocks in place of one.
+
+    python train.py config/ladder/6_blocks.py
+
+The same again, three times more.
+"""
+
+out_dir = "out/ladder/6_blocks"
+dataset = "shakespeare_char"
+
+n_layer = 4  # new here
+n_head = 4
+n_embd = 64
+block_size = 64
+position = "learned"
+mlp_ratio = 4.0
+residual = True
+norm = "none"
+tie_weights = False
+dropout = 0.0
+
+batch_size = 32
+gradient_accumulation_steps = 1
+max_iters = 2000
+learning_rate = 3e-3
+min_lr = 3e-4
+warmup_iters = 50
+beta2 = 0.99
+
+eval_interval = 500
+log_interval = 100
+final_samples = 1
