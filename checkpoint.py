@@ -149,7 +149,7 @@ def start(from_file, flags):
             raise UserError(f"--ema_decay={config.ema_decay}: {held[0]} has ema_decay={was}; on or off can't change")
         return config, state["flags"] | flags, state
 
-    if held and not given.get("overwrite") and not given.get("eval_only"):
+    if held and not any(given.get(key) for key in ("overwrite", "eval_only", "dry_run")):
         raise UserError(
             f"{held[0]} is another run's: resume it with --init_from=resume, "
             "choose another --out_dir, or replace it with --overwrite=True"

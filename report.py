@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -100,6 +101,44 @@ class Reporter:
 
     def close(self):
         self.bar.close()
+
+
+def describe(model, batches, config):
+    """What a run would be, in lines: the modules with shapes and parameters, FLOPs, memory, steps in an epoch."""
+    lines = [f"{'GPT':44}{model.num_params():>14,} parameters"]
+    for name, module in model.named_modules():
+        layer = re.match(r"transformer\.h\.(\d+)", name)
+        if layer and int(layer[1]) > 0:
+            if name == layer[0] == f"transformer.h.{config.n_layer - 1}":
+                lines.append(f"  {'  ' * 2}{'h.1' if config.n_layer == 2 else f'h.1 to h.{layer[1]}'}: the same again")
+            continue
+        own = list(module.parameters(recurse=False))
+        total = sum(parameter.numel() for parameter in module.parameters())
+        if not name or not total:
+            continue
+        shapes = ", ".join(" × ".join(map(str, parameter.shape)) for parameter in own)
+        tied = name == "lm_head" and config.tie_weights
+        label = f"{'  ' * (name.count('.') + 1)}{name.rpartition('.')[2]:10} {shapes}"
+        lines.append(f"{label:44}{total:>14,}{' (wte itself: counted once)' if tied else ''}")
+    moments = 1 if config.optimizer == "muon" else 2
+    state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
+    weights = model.num_params() * (3 if config.ema_decay else 2)
+    starts, lengths = batches.validation_rows()
+    tokens = batches.rows * (config.block_size if batches.bos is None else lengths.mean())
+    epoch = batches.rows_per_epoch / batches.rows
+    flops = model.flops_per_token()
+    return "\n".join(
+        [
+            *lines,
+            f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
+            f"memory            {4 * (weights + state) / 2**20:,.1f} MiB of weights, gradients and optimizer state; "
+            "activations come on top",
+            f"a step            {batches.rows:,} rows, {tokens:,.0f} tokens",
+            f"an epoch          {epoch:,.1f} steps, {lengths.sum():,} tokens",
+            f"the run           {config.max_iters:,} steps, {config.max_iters / epoch:,.2f} epochs, "
+            f"{config.max_iters * tokens * flops:.2e} FLOPs",
+        ]
+    )
 
 
 def perplexity(loss):

@@ -28,7 +28,7 @@ from data.batches import Batches, derive_seed
 from data.token_files import ensure, open_dataset
 from model import GPT
 from optimizer import learning_rate, make_optimizers
-from report import Reporter, draw_samples, perplexity
+from report import Reporter, describe, draw_samples, perplexity
 
 
 @dataclass
@@ -184,6 +184,10 @@ def train(config, flags, state, machine):
     if 0 < config.eval_iters * config.batch_size < len(lengths):
         covered = lengths[: config.eval_iters * config.batch_size].sum()
         note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered:,} of {lengths.sum():,} tokens only")
+    if config.dry_run:
+        if machine.rank == 0:
+            print(describe(model, train_batches, config))
+        return 0
     if config.eval_only:
         val_loss = evaluate(eval_model, val_batches, config, machine)
         if machine.rank == 0:

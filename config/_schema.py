@@ -131,6 +131,7 @@ class ReportConfig(Checked):
     eval_interval: int = option(2000, "steps between evaluations; each writes a checkpoint", at_least=1)
     eval_iters: int = option(0, "cap on an evaluation's batches; 0 is the whole validation split, exactly", at_least=0)
     eval_only: bool = option(False, "evaluate, print, and stop")
+    dry_run: bool = option(False, "print the model, its memory and the length of an epoch, and train nothing")
     patience: int = option(0, "stop after this many evaluations without a new best; 0 never", at_least=0)
     log_interval: int = option(1, "steps between readings of the loss", at_least=1)
     eval_samples: int = option(0, "samples to print at each evaluation", at_least=0)

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -447,3 +448,30 @@ def test_a_compiled_run_is_the_uncompiled_run(flags, tmp_path):
     assert compiled.keys() == last(flags())["model"].keys()
     for name, weight in last(flags())["model"].items():
         torch.testing.assert_close(compiled[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_dry_run_describes_and_trains_nothing(flags, tmp_path, capsys):
+    """By hand: C = 16, block 16, 2 layers without bias, tied; AdamW's two moments beside weights and gradients."""
+    out_dir = tmp_path / "never"
+    assert train.main(flags(dry_run=True, out_dir=out_dir, bias=False)) == 0
+    text = capsys.readouterr().out
+    vocab = int(re.search(r"wte +(\d+) × 16", text)[1])
+    block = 12 * 16 * 16 + 2 * 16
+    parameters = vocab * 16 + 16 * 16 + 2 * block + 16
+    assert f" {parameters:,} parameters" in text and "c_attn     48 × 16" in text and "h.1: the same again" in text
+    flops = 6 * (parameters - 16 * 16) + 12 * 2 * 16 * 16
+    assert f"{flops:,} to train on" in text and f"{4 * 4 * parameters / 2**20:.1f} MiB of weights" in text
+    assert "a step            4 rows, 64 tokens" in text
+    epoch = float(re.search(r"an epoch +([\d.]+) steps", text)[1])
+    assert f"40 steps, {40 / epoch:.1f}" in text and not out_dir.exists()
+
+
+def test_dry_run_of_documents_in_a_folder_that_is_in_use(flags, capsys):
+    """A run stands in out_dir: it is left as it is, and a step's tokens are those of documents of mean length."""
+    run(flags(dataset="words", max_iters=2, eval_interval=2))
+    capsys.readouterr()
+    assert train.main(flags(dataset="words", dry_run=True)) == 0
+    text = capsys.readouterr().out
+    rows, tokens = map(int, re.search(r"a step +(\d+) rows, (\d+) tokens", text).groups())
+    steps, total = re.search(r"an epoch +([\d.]+) steps, ([\d,]+) tokens", text).groups()
+    assert rows == 4 and tokens == pytest.approx(int(total.replace(",", "")) / float(steps), rel=0.05)
