@@ -63,7 +63,10 @@ def train_step(model, batches, step, optimizers, scaler, config, machine):
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = peak * scale
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
     for optimizer, _ in optimizers:
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
