@@ -1,8 +1,12 @@
-"""Write text with a trained model. A checkpoint is all that it needs; nanoGPT's ckpt.pt opens too.
+"""Write text with a trained model, or score one. A checkpoint is all that it needs; nanoGPT's ckpt.pt opens too.
 
 python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
 python sample.py --ckpt=out/names/last.pt --temperature=0.5 --top_p=0.9
 python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt --max_new_tokens=1000
+python sample.py --out_dir=out/names --score=anna
+
+--score shows, for each token of a text, what the model expected and what the token's loss is; then the total. Documents
+are scored line by line, with their ends; the first character of a stream as what follows a newline (see score.py).
 """
 
 import sys
@@ -11,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import score
 from config._cli import read_args, run
 from config._errors import UserError
 from config._machine import pick_machine
@@ -18,6 +23,27 @@ from config._schema import SampleConfig
 from data.batches import derive_seed
 from data.token_files import open_dataset
 from data.tokenizers import from_json
+
+DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that a score does not have
+COLDEST = 1e-6  # temperature of a score: below it, logits / temperature may be too large for float32
+
+
+def read_options(argv):
+    """`argv` → (config, whether a text is to be scored)."""
+    positional, flags = read_args(argv, SampleConfig, __doc__)
+    if positional:
+        raise UserError(f"{positional[0]}: options are written --key=value (see --help)")
+    if "score" not in flags:
+        if flags.get("json"):
+            raise UserError("--json is for a score; give --score=TEXT too")
+        return SampleConfig(**flags), False
+    if drawing := [f"--{key}" for key in DRAWING if key in flags]:
+        raise UserError(f"--score and {', '.join(drawing)} don't go together: a score draws no text")
+    # 0.8 is for drawing; at 1, the losses are those of training.
+    config = SampleConfig(**({"temperature": 1.0} | flags))
+    if config.temperature < COLDEST:
+        raise UserError(f"--temperature={config.temperature}: must be at least {COLDEST} with --score")
+    return config, True
 
 
 def find_checkpoint(config):
@@ -47,17 +73,23 @@ def find_tokenizer(state, config, path):
     return tokenizer
 
 
-def read_prompt(config):
-    """`--start`, or the text of the file that it names."""
-    if not config.start.startswith("FILE:"):
-        return config.start
-    path = Path(config.start.removeprefix("FILE:"))
+def read_text(key, value):
+    """The text of an option such as `--start`: its value, or what is in the file that it names."""
+    if not value.startswith("FILE:"):
+        return value
+    path = Path(value.removeprefix("FILE:"))
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--start={config.start}: not UTF-8 at byte {error.start}") from None
+        raise UserError(f"--{key}={value}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
-        raise UserError(f"--start={config.start}: {error.strerror}") from None
+        raise UserError(f"--{key}={value}: {error.strerror}") from None
+
+
+def as_given(key, value):
+    """`--key=value` for a message: on one line, whatever the text."""
+    value = value if value.isprintable() else repr(value)[1:-1]
+    return f"--{key}={value if len(value) <= 80 or value.startswith('FILE:') else value[:79] + '…'}"
 
 
 def sample(model, tokenizer, prompt, config, machine, write):
@@ -92,28 +124,34 @@ def sample(model, tokenizer, prompt, config, machine, write):
         write(prompt + tokenizer.decode(row) + separator)
 
 
+def write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def main(argv):
-    positional, flags = read_args(argv, SampleConfig, __doc__)
-    if positional:
-        raise UserError(f"{positional[0]}: options are written --key=value (see --help)")
-    config = SampleConfig(**flags)
+    config, scoring = read_options(argv)
     path = find_checkpoint(config)
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
-    prompt = read_prompt(config)
+    key = "score" if scoring else "start"
+    text, given = read_text(key, getattr(config, key)), as_given(key, getattr(config, key))
+    if scoring and not score.documents(text, tokenizer):
+        raise UserError(f"{given}: there is no text to score")
     try:
-        tokenizer.encode(prompt)
+        ids, characters = score.encode(text, tokenizer) if scoring else (tokenizer.encode(text), len(text))
     except UserError as error:
-        raise UserError(f"--start={config.start}: {error}; {path} knows the characters of its training text") from None
+        raise UserError(f"{given}: {error}; {path} knows the characters of its training text") from None
     machine = pick_machine(config)
     # The weights themselves in half precision: reading them is most of the work of drawing a token.
     model = checkpoint.load_model(state, path).to(machine.device, machine.dtype)
-
-    def write(text):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    sample(model, tokenizer, prompt, config, machine, write)
+    if not scoring:
+        sample(model, tokenizer, text, config, machine, write)
+        return
+    rows = score.score(model, tokenizer, ids, config.temperature, machine.device)
+    lines = [score.to_json(rows, characters)] if config.json else score.table(rows, tokenizer, characters)
+    for line in lines:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def read_args(argv, schema, doc):
             raise UserError(f"{arg}: options are written --key=value (see --help)")
         if not equals and key in types_:
             if types_[key] is not bool:
-                raise UserError(f"{arg}: write {arg}=VALUE, as in {arg}={describe_default(schema, key)}")
+                default = describe_default(schema, key)
+                raise UserError(f"{arg}: write {arg}=VALUE{f', as in {arg}={default}' if default else ''}")
             text = "True"
         if equals and not text and types_.get(key) in (int, float):
             continue

@@ -165,10 +165,14 @@ class SampleConfig(SystemConfig):
     start: str = option("", "the prompt, or FILE:prompt.txt; empty is a new line or a new document")
     num_samples: int = option(10, "samples to draw", at_least=1)
     max_new_tokens: int = option(500, "longest sample, in tokens", at_least=1)
-    temperature: float = option(0.8, "divides the logits; 0 always takes the likeliest token", at_least=0)
+    temperature: float = option(
+        0.8, "divides the logits; 0 always takes the likeliest token; 1 with --score, unless it is given", at_least=0
+    )
     top_k: int | None = option(200, "draw from the k likeliest tokens; empty draws from all", at_least=1)
     top_p: float | None = option(None, "draw from the likeliest tokens that hold this much probability", above=0)
     seed: int = option(1337, "the same seed gives the same text", at_least=0)
+    score: str = option("", "a text, or FILE:text.txt: show how likely each of its tokens is, and sample nothing")
+    json: bool = option(False, "with --score: a JSON object in place of the table")
 
     def check(self):
         if self.top_p is not None and self.top_p > 1:

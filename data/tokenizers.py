@@ -34,14 +34,15 @@ class Tokenizer:
         """`text` → its ids (T,), int64. A UserError names the characters that the vocabulary lacks."""
         raise NotImplementedError
 
-    def decode(self, ids):
+    def decode(self, ids, errors="replace"):
         """`ids` → text. BOS is a newline."""
-        return self.stream()(ids, final=True)
+        return self.stream(errors)(ids, final=True)
 
-    def stream(self):
+    def stream(self, errors="replace"):
         """A function `(ids, final=False) → text` for ids that come a few at a time: it returns whole characters only.
 
-        It keeps an unfinished character for the next call; `final` says that there is none.
+        It keeps an unfinished character for the next call; `final` says that there is none. errors: what becomes of
+        bytes that are no character, as in `bytes.decode`.
         """
         raise NotImplementedError
 
@@ -85,7 +86,7 @@ class CharTokenizer(Tokenizer):
             raise unknown(chr(code) for code in np.unique(codes[ids < 0]))
         return ids
 
-    def stream(self):
+    def stream(self, errors="replace"):
         def decode(ids, final=False):
             return self.codes[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
 
@@ -111,8 +112,8 @@ class ByteTokenizer(Tokenizer):
             raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
         return np.where(ids == ord("\n"), self.bos, ids) if self.documents else ids
 
-    def stream(self):
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    def stream(self, errors="replace"):
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
         def decode(ids, final=False):
             ids = np.asarray(ids, dtype=np.int64)
