@@ -311,12 +311,12 @@ class KVCache:
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token a row from `logits` (B, V). → (B,). Temperature 0 takes the likeliest.
+    """Draw one token a row from `logits` (B, V). → (B,). Temperature 0, or next to it, takes the likeliest.
 
     `top_k` keeps the k likeliest tokens; `top_p` the likeliest that together hold that much probability, and at
     least one (nucleus sampling, Holtzman et al. 2019).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # beyond float32's range in what follows
         return logits.argmax(dim=-1)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the likeliest stays finite, however cold
