@@ -1,0 +1,199 @@
+"""config/microgpt.py once more, in plain Python: a GPT, the gradients of its loss, and its training, number by number.
+
+    python tests/scalar_gpt.py [FILE]       # a document a line; data/names.txt if none is given. A minute
+
+Shapes are those of nested lists: T tokens, C = N_EMBD, D = C / N_HEAD, V = vocabulary size.
+References: GPT-2 (Radford et al. 2019), RMSNorm (Zhang & Sennrich 2019), Adam (Kingma & Ba 2015).
+"""
+
+import math
+import random
+import sys
+from pathlib import Path
+
+N_LAYER, N_HEAD, N_EMBD, BLOCK_SIZE = 1, 4, 16, 16
+MAX_ITERS, LEARNING_RATE, BETA1, BETA2, EPS = 1000, 0.01, 0.85, 0.99, 1e-8
+
+
+class Value:
+    """A number, what it was computed from (children), d self / d child for each, and d loss / d self (grad)."""
+
+    __slots__ = ("data", "grad", "children", "local_grads")
+
+    def __init__(self, data, children=(), local_grads=()):
+        self.data, self.grad, self.children, self.local_grads = data, 0.0, children, local_grads
+
+    def __add__(self, other):
+        other = other if isinstance(other, Value) else Value(other)
+        return Value(self.data + other.data, (self, other), (1.0, 1.0))
+
+    def __mul__(self, other):
+        other = other if isinstance(other, Value) else Value(other)
+        return Value(self.data * other.data, (self, other), (other.data, self.data))
+
+    def __pow__(self, exponent):  # a plain number
+        return Value(self.data**exponent, (self,), (exponent * self.data ** (exponent - 1),))
+
+    def __truediv__(self, other):
+        return self * other**-1
+
+    __radd__, __rmul__ = __add__, __mul__  # number + Value (as in `sum`), number * Value
+
+    def exp(self):
+        return Value(math.exp(self.data), (self,), (math.exp(self.data),))
+
+    def log(self):
+        return Value(math.log(self.data), (self,), (1 / self.data,))
+
+    def relu(self):
+        return Value(max(0.0, self.data), (self,), (float(self.data > 0),))
+
+    def backward(self):
+        """Add d self / d x to `x.grad`, for every x that self was computed from. Once for each graph.
+
+        The chain rule, from the result back: a Value hands its grad to its children when all that was computed from it
+        has added its share. A stack and no recursion finds that order, because Python limits the depth of recursion.
+        """
+        order, seen, stack = [], set(), [(self, False)]
+        while stack:
+            value, children_done = stack.pop()
+            if children_done:
+                order.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack.append((value, True))
+                stack.extend((child, False) for child in value.children)
+        self.grad = 1.0
+        for value in reversed(order):
+            for child, local_grad in zip(value.children, value.local_grads, strict=True):
+                child.grad += value.grad * local_grad
+
+
+def dot(x, y):
+    """Σ x_i y_i as one Value, where + and * make two a term: most of a GPT is dot products."""
+    a, b = [value.data for value in x], [value.data for value in y]
+    return Value(sum(p * q for p, q in zip(a, b, strict=True)), (*x, *y), (*b, *a))
+
+
+class Tokenizer:
+    """A token is a character, its id its rank among them; BOS, which stands between documents, is one id more."""
+
+    def __init__(self, documents):
+        self.chars = sorted(set("".join(documents)))
+        self.bos = len(self.chars)
+
+    def encode(self, document):
+        return [self.bos, *map(self.chars.index, document), self.bos]
+
+
+def init_weights(vocab_size, rng, std=0.08):
+    """→ {GPT-2's name: matrix, as a list of rows of Values}, all N(0, std)."""
+    C = N_EMBD
+    shapes = {"transformer.wte": (vocab_size, C), "transformer.wpe": (BLOCK_SIZE, C), "lm_head": (vocab_size, C)}
+    for block in (f"transformer.h.{layer}" for layer in range(N_LAYER)):
+        shapes |= {f"{block}.attn.c_attn": (3 * C, C), f"{block}.attn.c_proj": (C, C)}
+        shapes |= {f"{block}.mlp.c_fc": (4 * C, C), f"{block}.mlp.c_proj": (C, 4 * C)}
+    return {
+        f"{name}.weight": [[Value(rng.gauss(0, std)) for _ in range(columns)] for _ in range(rows)]
+        for name, (rows, columns) in shapes.items()
+    }
+
+
+def add(x, y):
+    return [a + b for a, b in zip(x, y, strict=True)]
+
+
+def linear(x, matrix):
+    """`matrix` (out, in) times `x` (in,). → (out,)"""
+    return [dot(row, x) for row in matrix]
+
+
+def rms_norm(x):
+    scale = (dot(x, x) / len(x) + 1e-5) ** -0.5
+    return [value * scale for value in x]
+
+
+def softmax(logits):
+    largest = max(z.data for z in logits)  # shifted by a constant, softmax is the same, and exp can't overflow
+    exps = [(z + -largest).exp() for z in logits]
+    inverse = sum(exps) ** -1
+    return [e * inverse for e in exps]
+
+
+def attention(x, weights, name):
+    """Each token gathers from itself and from what came before it, N_HEAD times over. `x` (T, C) → (T, C)"""
+    C, D = N_EMBD, N_EMBD // N_HEAD
+    qkv = [linear(token, weights[f"{name}.c_attn.weight"]) for token in x]  # (T, 3C): query, key, value
+    out = []
+    for t in range(len(x)):
+        gathered = []
+        for i in range(0, C, D):  # where a head begins
+            keys = [row[C + i : C + i + D] for row in qkv[: t + 1]]
+            values = [row[2 * C + i : 2 * C + i + D] for row in qkv[: t + 1]]
+            probs = softmax([dot(qkv[t][i : i + D], key) * D**-0.5 for key in keys])  # how much of each token
+            gathered += [dot(probs, column) for column in zip(*values, strict=True)]
+        out.append(linear(gathered, weights[f"{name}.c_proj.weight"]))
+    return out
+
+
+def forward(ids, weights):
+    """`ids` (T,), T ≤ BLOCK_SIZE → logits (T, V): row t scores what follows token t, and depends on 0 … t only."""
+    x = [add(weights["transformer.wte.weight"][i], weights["transformer.wpe.weight"][t]) for t, i in enumerate(ids)]
+    x = [rms_norm(token) for token in x]  # (T, C)
+    for block in (f"transformer.h.{layer}" for layer in range(N_LAYER)):
+        gathered = attention([rms_norm(token) for token in x], weights, f"{block}.attn")
+        x = [add(token, y) for token, y in zip(x, gathered, strict=True)]
+        for t, token in enumerate(x):  # the MLP: each token by itself
+            hidden = [h.relu() for h in linear(rms_norm(token), weights[f"{block}.mlp.c_fc.weight"])]  # (4C,)
+            x[t] = add(token, linear(hidden, weights[f"{block}.mlp.c_proj.weight"]))
+    return [linear(token, weights["lm_head.weight"]) for token in x]
+
+
+def cross_entropy(ids, weights):
+    """Mean loss in nats: of `BOS a b c BOS`, `BOS a b c` predicts `a b c BOS`; BLOCK_SIZE tokens at most."""
+    ids = ids[: BLOCK_SIZE + 1]
+    rows = zip(forward(ids[:-1], weights), ids[1:], strict=True)
+    return sum(softmax(logits)[target].log() for logits, target in rows) / (1 - len(ids))
+
+
+def adam_step(parameters, m, v, step):
+    """Move `parameters` (N,) by their grads. `m`, `v` (N,): running means of grad and grad². `step` counts from 0."""
+    lr = LEARNING_RATE * (1 - step / MAX_ITERS)  # linear decay to 0
+    for i, p in enumerate(parameters):
+        m[i] = BETA1 * m[i] + (1 - BETA1) * p.grad
+        v[i] = BETA2 * v[i] + (1 - BETA2) * p.grad**2
+        # Both began at 0 and not at a gradient: the share that they still lack is divided out.
+        mean, square = m[i] / (1 - BETA1 ** (step + 1)), v[i] / (1 - BETA2 ** (step + 1))
+        p.data -= lr * mean / (math.sqrt(square) + EPS)
+        p.grad = 0.0
+
+
+def sample(weights, tokenizer, rng, temperature=0.5):
+    """Draw a document token by token, until BOS or for BLOCK_SIZE tokens. → text"""
+    ids = [tokenizer.bos]
+    while len(ids) <= BLOCK_SIZE and (len(ids) == 1 or ids[-1] != tokenizer.bos):
+        probs = softmax([z / temperature for z in forward(ids, weights)[-1]])
+        ids += rng.choices(range(len(probs)), [p.data for p in probs])
+    return "".join(tokenizer.chars[i] for i in ids if i != tokenizer.bos)
+
+
+def main(path):
+    documents = Path(path).read_text(encoding="utf-8").strip().split("\n")
+    tokenizer, rng = Tokenizer(documents), random.Random(1337)
+    rng.shuffle(documents)
+    weights = init_weights(tokenizer.bos + 1, rng)
+    parameters = [value for matrix in weights.values() for row in matrix for value in row]
+    m, v, losses = [0.0] * len(parameters), [0.0] * len(parameters), []
+    print(f"{len(parameters):,} parameters, {len(documents):,} documents")
+    for step in range(MAX_ITERS):
+        loss = cross_entropy(tokenizer.encode(documents[step % len(documents)]), weights)
+        loss.backward()
+        adam_step(parameters, m, v, step)
+        losses.append(loss.data)
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: mean loss of 100 steps {sum(losses[-100:]) / 100:.4f}", flush=True)
+    print(*(sample(weights, tokenizer, rng) for _ in range(20)), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "data" / "names.txt")
