@@ -181,6 +181,8 @@ def claim(config):
     if config.init_from != "resume":
         for name in ("last.pt", "best.pt", "metrics.csv"):
             (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("tensorboard/events.out.tfevents.*"):
+            path.unlink()
 
 
 def check_vocabulary(state, dataset):

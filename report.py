@@ -1,4 +1,7 @@
-"""What people see of a run: a progress bar or plain lines, metrics.csv, and samples. Nothing here changes training."""
+"""What people see of a run: a progress bar or plain lines, metrics.csv, and samples. Nothing here changes training.
+
+What TensorBoard shows is board.py's; this file tells it.
+"""
 
 import math
 import os
@@ -18,11 +21,14 @@ COLUMNS = "step,lr,train_loss,val_loss,perplexity,tokens_per_s,seconds"
 
 
 class Reporter:
-    """A progress bar on a terminal and plain lines elsewhere; a row of metrics.csv at every evaluation. Rank 0's."""
+    """A progress bar on a terminal and plain lines elsewhere; a row of metrics.csv at every evaluation. Rank 0's.
 
-    def __init__(self, config, progress, machine, flops_per_token):
+    board: board.py's Board, or None. Both are closed when the `with` of a Reporter ends, however it does.
+    """
+
+    def __init__(self, config, progress, machine, flops_per_token, board=None):
         self.config, self.progress, self.machine = config, progress, machine
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.board = flops_per_token, board
         self.quiet = machine.rank != 0
         on_terminal = sys.stderr.isatty() and not self.quiet and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self.lines = not self.quiet and not (on_terminal and sys.stdout.isatty())
@@ -70,9 +76,12 @@ class Reporter:
         self.busy += seconds
         self.bar.update()
 
-    def log(self, losses, lr):
-        """The mean of `losses` since the last call, and the readings."""
-        text = f"loss {math.fsum(losses) / len(losses):.4f}"
+    def log(self, losses, norms, lr):
+        """The mean of `losses` since the last call, and the readings. `norms`: the gradient's, as many."""
+        loss = math.fsum(losses) / len(losses)
+        if self.board:
+            self.board.log(loss, math.fsum(norms) / len(norms), lr, self.tokens_per_s)
+        text = f"loss {loss:.4f}"
         if self.val_loss is not None:
             text += f", val {self.val_loss:.4f}"
         text += f", lr {lr:.2e}, {self.tokens_per_s:,.0f} tokens/s"
@@ -83,8 +92,11 @@ class Reporter:
         if self.lines:
             self.say(f"step {self.progress.step}/{self.config.max_iters}: {text}")
 
-    def evaluated(self, val_loss, lr):
-        """A row of metrics.csv. Its train loss is the mean over every step since the row before."""
+    def evaluated(self, val_loss, lr, draw):
+        """A row of metrics.csv, and samples. Its train loss is the mean over every step since the row before.
+
+        draw: a number of samples → their texts.
+        """
         step, losses = self.progress.step, self.progress.losses
         train_loss = math.fsum(losses) / len(losses)
         speed, seconds = round(self.tokens_per_s, 1), round(self.progress.seconds, 3)
@@ -98,9 +110,24 @@ class Reporter:
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, {speed:,.0f} tokens/s")
         self.val_loss = val_loss
         self.tokens, self.busy = 0, 0.0
+        texts = self.samples(draw, self.config.eval_samples)
+        if self.board:
+            self.board.evaluated(val_loss, texts or draw(1))
 
-    def close(self):
+    def samples(self, draw, count):
+        """Print `count` samples, and return them."""
+        texts = [] if self.quiet else draw(count)
+        for text in texts:
+            self.say(text)
+        return texts
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
+        if self.board:
+            self.board.close()
 
 
 def describe(model, batches, config):

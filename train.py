@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
+from board import open_board
 from config._cli import list_configs, note, read_args, read_config_file, run
 from config._errors import UserError
 from config._machine import Ranks, StopSignals, pick_machine
@@ -111,7 +112,7 @@ def compile_model(model, batches, config, machine):
 
 
 def read_losses(pending, progress, scaler, machine):
-    """The (loss, gradient norm) pairs that are still on the device → losses; a non-finite one ends the run.
+    """The (loss, gradient norm) pairs that are still on the device → losses, norms; a non-finite one ends the run.
 
     Once for many steps, because each reading makes the device wait. No checkpoint is written before one.
     """
@@ -125,7 +126,7 @@ def read_losses(pending, progress, scaler, machine):
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
     if scaler.get_scale() < 1e-4:
         raise UserError(f"step {progress.step}: no loss scale is small enough for float16's gradients: {advice}")
-    return pairs[:, 0].tolist()
+    return pairs.T.tolist()
 
 
 # ---------------------------------------------------------------- set-up
@@ -215,7 +216,9 @@ def train(config, flags, state, machine):
     train_model = compile_model(model, train_batches, config, machine)
     if machine.world > 1:
         train_model = DistributedDataParallel(train_model)
-    reporter = Reporter(config, progress, machine, model.flops_per_token())
+    seen = (model, optimizers, dataset.tokenizer, val_batches)
+    board = machine.on_all_ranks(open_board, config, progress, machine, *seen)
+    reporter = Reporter(config, progress, machine, model.flops_per_token(), board)
     reporter.say(
         f"{model.num_params():,} parameters on {machine.name}, {str(machine.dtype).removeprefix('torch.')}; "
         f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to evaluate on"
@@ -236,13 +239,11 @@ def train(config, flags, state, machine):
         for name in names:
             checkpoint.save(Path(config.out_dir) / name, saved)
 
-    def show_samples(count):
-        if machine.rank == 0:
-            for text in draw_samples(eval_model, dataset.tokenizer, count, config, machine, progress.step):
-                reporter.say(text)
+    def draw(count):
+        return draw_samples(eval_model, dataset.tokenizer, count, config, machine, progress.step)
 
     pending, patience_left, stopped_by = [], True, 0
-    with StopSignals() as stop:
+    with StopSignals() as stop, reporter:
         while progress.step < config.max_iters and patience_left and not stopped_by:
             began = time.perf_counter()
             lr = learning_rate(progress.step, config)
@@ -254,13 +255,13 @@ def train(config, flags, state, machine):
                 ema.update_parameters(model)
             progress.step += 1
             stopped_by = stop.agreed(machine)
-            evaluating = progress.step % config.eval_interval == 0 or progress.step == config.max_iters
+            evaluating = config.evaluates_after(progress.step)
             if logging := progress.step % config.log_interval == 0 or evaluating or stopped_by:
-                losses = read_losses(pending, progress, scaler, machine)
+                losses, norms = read_losses(pending, progress, scaler, machine)
                 progress.losses += losses
             reporter.step(tokens, time.perf_counter() - began)
             if logging:
-                reporter.log(losses, lr)
+                reporter.log(losses, norms, lr)
             better = False
             if evaluating:
                 val_loss = evaluate(eval_model, val_batches, config, machine)
@@ -270,13 +271,11 @@ def train(config, flags, state, machine):
                 patience_left = not config.patience or progress.evals_since_best < config.patience
             progress.seconds += time.perf_counter() - began
             if evaluating:
-                machine.on_rank_0(reporter.evaluated, val_loss, lr)
+                machine.on_rank_0(reporter.evaluated, val_loss, lr, draw)
                 progress.losses = []
-                show_samples(config.eval_samples)
             if evaluating or stopped_by:
                 # best.pt first: should the machine stop in between, the older last.pt comes to the same best again.
                 machine.on_rank_0(save, *(["best.pt", "last.pt"] if better else ["last.pt"]))
-    reporter.close()
     if stopped_by:
         name = signal.Signals(stopped_by).name
         reporter.say(f"stopped by {name} at step {progress.step}; go on with --init_from=resume")
@@ -285,7 +284,7 @@ def train(config, flags, state, machine):
         reporter.say(f"stopped early: {config.patience} evaluations without a better one")
     if config.final_samples:
         reporter.say(f"{config.final_samples} samples:")
-    show_samples(config.final_samples)
+    reporter.samples(draw, config.final_samples)
     reporter.say(
         f"best val loss {progress.best_val_loss:.4f}; sample with: python sample.py --out_dir={config.out_dir}"
     )

@@ -8,6 +8,7 @@ Every class below is one group of options; a command's options are its groups jo
 """
 
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from config._errors import UserError
@@ -138,6 +139,12 @@ class ReportConfig(Checked):
     final_samples: int = option(0, "samples to print at the end", at_least=0)
     sample_tokens: int = option(200, "longest such sample, in tokens", at_least=1)
     sample_temperature: float = option(0.8, "their temperature; 0 always takes the likeliest token", at_least=0)
+    tensorboard: bool = option(False, "curves, samples, histograms and attention for TensorBoard, in out_dir")
+
+    def check(self):
+        # Here, and not where it is imported: before a run takes the place of another one.
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise UserError("--tensorboard=True needs a package: pip install tensorboard (or --tensorboard=False)")
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,10 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     """Compiling"""
 
     compile: Literal["auto", True, False] = option("auto", "torch.compile; auto uses it on CUDA, where it pays")
+
+    def evaluates_after(self, step):
+        """Whether an evaluation follows when `step` steps are done."""
+        return step % self.eval_interval == 0 or step == self.max_iters
 
 
 @dataclass(frozen=True)
@@ -214,7 +225,7 @@ class Retired:
 
 RETIRED = {
     TrainConfig: {
-        "wandb_log": Retired("not used: a run's curves are in out_dir/metrics.csv"),
+        "wandb_log": Retired("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard"),
         "wandb_project": Retired("not used: a run is named by --out_dir"),
         "wandb_run_name": Retired("not used: a run is named by --out_dir"),
         "always_save_checkpoint": Retired("not used: every evaluation writes last.pt, and best.pt keeps the best"),
