@@ -18,13 +18,14 @@ mlp_ratio = 4.0
 residual = True
 norm = "layernorm"
 tie_weights = False
+init_std = 0.1
 dropout = 0.1  # new here
 
 batch_size = 32
 gradient_accumulation_steps = 1
 max_iters = 2000
-learning_rate = 3e-3
-min_lr = 3e-4
+learning_rate = 5e-3
+min_lr = 5e-4
 warmup_iters = 50
 beta2 = 0.99
 
