@@ -67,9 +67,9 @@ class Linear(nn.Linear):
         self.parts = next((n for n in range(2, 32) if self.out_features % n == 0), 1)
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
-        if len(rows) > 32 or self.training or x.device.type != "cpu" or x.dtype != torch.float32:
+        if self.training or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() > 32 * self.in_features:
             return super().forward(x)
+        rows = x.flatten(0, -2)
         # With few rows, a CPU's time goes into reading the weights, and F.linear reads them at a third of the memory's
         # speed (docs/records.md). On the left of a product, and in parts, so that all threads read, they come at full.
         y = torch.bmm(self.weight.view(self.parts, -1, self.in_features), rows.T.expand(self.parts, -1, -1))
