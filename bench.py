@@ -13,7 +13,7 @@ Absolute times drift from hour to hour, ratios of neighbours in time do not. Eac
 """
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from benches import peers
@@ -45,6 +45,10 @@ def main(argv):
         raise UserError(f"give one of {names} (see --help)")
     name, *paths = positional
     config = BenchConfig(**given)
+    # The commands run in quill's own folder, wherever this one was started.
+    folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
+    config = replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
+    paths = [str(Path(path).resolve()) if Path(path).is_file() else path for path in paths]
     if config.peer and not (Path(config.peer) / "model.py").is_file():
         raise UserError(f"--peer={config.peer}: there is no model.py; give the folder of a nanoGPT checkout")
     if name == "compare" and len(paths) != 2:

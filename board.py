@@ -11,7 +11,7 @@ Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, 
 
 import math
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class Board:
         """One point of each curve. TensorBoard sorts by name: the losses come first."""
         values = {"loss/train": loss, "optimizer/lr": lr, "optimizer/gradient_norm": norm}
         values["performance/tokens_per_s"] = tokens_per_s
-        with self._writing():
+        with suppress(OSError):  # `evaluated`, for which all ranks wait, will meet it again
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, self.progress.step)
 

@@ -26,7 +26,7 @@ from config._schema import ModelConfig, TrainConfig
 from model import GPT
 
 FORMAT = 1
-SHAPE = {f.name for f in fields(ModelConfig)} - {"dropout"}  # options that a run's weights fix
+SHAPE = {f.name for f in fields(ModelConfig)} - {"dropout", "init_std"}  # options that a run's weights fix
 SAMPLE_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
 RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best"}
 
@@ -140,7 +140,7 @@ def start(from_file, flags):
         for key in sorted(key for key, value in old_flags.items() if value != from_file[key]):
             note(f"note: {key}={old_flags[key]} was a flag of this run's, which the config file does not undo")
         given = {key: value for key, value in given.items() if key not in old_flags}
-        _refuse_changes(given, {key: state["config"].get(key) for key in SHAPE | {"optimizer"}}, held[0])
+        _refuse_changes(given, _fixed(state, SHAPE | {"optimizer"}), held[0])
         known = {f.name for f in fields(TrainConfig)}
         base = {key: value for key, value in state["config"].items() if key in known}
         config = TrainConfig(**(base | given | {"init_from": "resume", "out_dir": out_dir}))
@@ -163,9 +163,14 @@ def start(from_file, flags):
     if init_from.startswith("gpt2"):
         raise UserError(f"--init_from={init_from}: GPT-2's weights are not read; give scratch, resume or a checkpoint")
     state = load(init_from)
-    shape = {key: value for key, value in state["config"].items() if key in SHAPE}
+    shape = _fixed(state, SHAPE)
     _refuse_changes(given, shape, init_from)
     return TrainConfig(**(given | shape)), flags, state
+
+
+def _fixed(state, keys):
+    """A checkpoint's values of `keys`; of an option that it is too old to know, the default."""
+    return {key: state["config"].get(key, getattr(TrainConfig, key)) for key in keys}
 
 
 def _refuse_changes(given, fixed, path):

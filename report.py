@@ -1,4 +1,4 @@
-"""What people see of a run: a progress bar or plain lines, metrics.csv, and samples. Nothing here changes training.
+"""What people see of a run: what it would be, a progress bar or plain lines, metrics.csv, samples. It changes nothing.
 
 What TensorBoard shows is board.py's; this file tells it.
 """
@@ -150,9 +150,9 @@ def describe(model, batches, config):
     moments = 1 if config.optimizer == "muon" else 2
     state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
     weights = model.num_params() * (3 if config.ema_decay else 2)
-    starts, lengths = batches.validation_rows()
-    tokens = batches.rows * (config.block_size if batches.bos is None else lengths.mean())
     epoch = batches.rows_per_epoch / batches.rows
+    in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.documents[1].sum()
+    tokens = in_epoch / epoch
     flops = model.flops_per_token()
     return "\n".join(
         [
@@ -161,7 +161,7 @@ def describe(model, batches, config):
             f"memory            {4 * (weights + state) / 2**20:,.1f} MiB of weights, gradients and optimizer state; "
             "activations come on top",
             f"a step            {batches.rows:,} rows, {tokens:,.0f} tokens",
-            f"an epoch          {epoch:,.1f} steps, {lengths.sum():,} tokens",
+            f"an epoch          {epoch:,.1f} steps, {in_epoch:,} tokens",
             f"the run           {config.max_iters:,} steps, {config.max_iters / epoch:,.2f} epochs, "
             f"{config.max_iters * tokens * flops:.2e} FLOPs",
         ]

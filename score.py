@@ -42,7 +42,7 @@ class Row:
 def documents(text, tokenizer):
     """The texts in `text` that begin anew: its lines, as `prepare.py --documents=lines` has them, or all of a stream.
 
-    None if there is nothing to score.
+    Empty if there is nothing to score.
     """
     return list(filter(str.strip, text.split("\n"))) if tokenizer.documents else list(filter(None, [text]))
 

@@ -182,16 +182,18 @@ def train(config, flags, state, machine):
     dataset, train_batches, val_batches = open_data(config, machine)
     if state is not None:
         checkpoint.check_vocabulary(state, dataset)
+    if config.dry_run:
+        with torch.device("meta"):  # shapes alone, so that a model that fits nowhere can be described too
+            model = GPT(config, dataset.tokenizer.vocab_size)
+        if machine.rank == 0:
+            print(describe(model, train_batches, config))
+        return 0
     model, ema, progress = build_model(config, state, dataset.tokenizer.vocab_size, machine)
     eval_model = model if ema is None else ema.module
     _, lengths = val_batches.validation_rows()
     if 0 < config.eval_iters * config.batch_size < len(lengths):
         covered = lengths[: config.eval_iters * config.batch_size].sum()
         note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered:,} of {lengths.sum():,} tokens only")
-    if config.dry_run:
-        if machine.rank == 0:
-            print(describe(model, train_batches, config))
-        return 0
     if config.eval_only:
         val_loss = evaluate(eval_model, val_batches, config, machine)
         if machine.rank == 0:

@@ -4,7 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
-from benches.measure import flags, metrics, process, span
+from benches.measure import span, trained
 from config._errors import UserError
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond the table, the normal distribution's 1.96.
@@ -39,10 +39,8 @@ def compare(paths, given, config):
         raise UserError(f"{' and '.join(paths)}: give two config files with different names")
     for seed in range(1, config.seeds + 1):
         for path in paths:
-            out_dir = Path(config.out_dir) / "compare" / f"{names[path]}-{seed}"
-            own = {"seed": seed, "out_dir": out_dir, "init_from": "auto", "data_dir": config.data_dir}
-            process(["train.py", path, *flags(given | own)])
-            rows = metrics(out_dir)
+            own = {"seed": seed, "data_dir": config.data_dir, "device": config.device}
+            rows = trained(path, f"{config.out_dir}/compare/{names[path]}-{seed}", given | own)
             speeds = [float(row["tokens_per_s"]) for row in rows]
             result = {"seed": seed, "val_loss": float(rows[-1]["val_loss"])}
             result |= {"tokens_per_s": statistics.median(speeds), "seconds": float(rows[-1]["seconds"])}

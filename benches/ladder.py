@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 import checkpoint
-from benches.measure import ROOT, flags, metrics, process
+from benches.measure import ROOT, flags, process, trained
 from config._files import replacing
 
 ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, how wide the picture is
@@ -15,18 +15,17 @@ def ladder(paths, given, config):
     """Train every rung with seeds 1, 2, …; each run resumes where an earlier call was stopped. → a line for each rung
 
     paths: the rungs to take, all if empty. given: training options that differ from their own. The picture of all rungs
-    as they are goes to docs, any other to out_dir.
+    as they are, three seeds or more, goes to docs, any other to out_dir.
     """
     lines = []
     for path in [Path(path) for path in paths] or sorted((ROOT / "config" / "ladder").glob("*.py")):
         runs = []
         for seed in range(1, config.seeds + 1):
-            out_dir = Path(config.out_dir) / "ladder" / f"{path.stem}-{seed}"
-            own = {"seed": seed, "out_dir": out_dir, "init_from": "auto", "data_dir": config.data_dir}
-            process(["train.py", path, *flags(given | own | {"device": config.device})])
-            last = metrics(out_dir)[-1]
+            out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
+            own = {"seed": seed, "data_dir": config.data_dir, "device": config.device}
+            last = trained(path, out_dir, given | own)[-1]
             runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
-        best = out_dir / "best.pt"
+        best = Path(out_dir) / "best.pt"
         options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150, "device": config.device}
         _, text = process(["sample.py", *flags(options)])
         losses = [run["val_loss"] for run in runs]
@@ -46,7 +45,7 @@ def ladder(paths, given, config):
             *(f"\n    {written}" for written in line["text"]),
             flush=True,
         )
-    folder = Path(config.out_dir) if given or paths else ROOT / "docs"
+    folder = Path(config.out_dir) if given or paths or config.seeds < 3 else ROOT / "docs"
     with replacing(folder / "ladder.svg") as (file,):
         file.write(draw(lines).encode())
     return lines

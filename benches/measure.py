@@ -8,9 +8,13 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+import checkpoint
+from config._cli import read_config_file
 from config._errors import UserError
+from config._schema import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +69,23 @@ def span(values):
         statistics.median(values), min(values), max(values)
     )]  # fmt: skip
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
+
+
+def trained(path, out_dir, options):
+    """Train config `path` with `options` in out_dir, or go on there where it was stopped. → rows of metrics.csv"""
+    options |= {"out_dir": out_dir, "init_from": "auto"}
+    last = Path(out_dir) / "last.pt"
+    if last.is_file():
+        held = checkpoint.load(last)["config"]
+        wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
+        if other := [
+            key
+            for key in wanted
+            if key not in ("init_from", "device", "data_dir", "out_dir") and held.get(key) != wanted[key]
+        ]:
+            raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
+    process(["train.py", path, *flags(options)])
+    return metrics(out_dir)
 
 
 def metrics(folder):

@@ -175,6 +175,8 @@ def start(config):
                 for line in training.stdout:
                     if line.startswith("step 1/"):
                         break
+                else:
+                    raise UserError("start: train.py ended before its first step")
                 seconds = time.perf_counter() - began
                 training.kill()
             return seconds - process(["-c", "import torch"])[0]

@@ -143,7 +143,7 @@ class ReportConfig(Checked):
 
     def check(self):
         # Here, and not where it is imported: before a run takes the place of another one.
-        if self.tensorboard and find_spec("tensorboard") is None:
+        if self.tensorboard and not (self.dry_run or self.eval_only) and find_spec("tensorboard") is None:
             raise UserError("--tensorboard=True needs a package: pip install tensorboard (or --tensorboard=False)")
 
 

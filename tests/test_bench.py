@@ -108,12 +108,20 @@ def test_ladder_picture_is_to_scale():
     assert max(dots) + 60 < float(picture.get("width"))
 
 
+def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, tmp_path, capsys):
+    keep = [flag for flag in flags(max_iters=2) if not flag.startswith(("--data_dir", "--out_dir"))]
+    argv = ["ladder", str(RUNGS[0]), "--seeds=1", next(flag for flag in flags() if flag.startswith("--data_dir"))]
+    bench.main([*argv, f"--out_dir={tmp_path}", *keep])
+    with pytest.raises(UserError, match="0_bigram-1 holds a run with another max_iters, learning_rate"):
+        bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"])
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
         ([], "give one of train, loss, generate, start, prepare, ladder, compare"),
         (["trian"], "give one of"),
-        (["train", "--peer=nowhere"], "--peer=nowhere"),
+        (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of bench.py train"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),

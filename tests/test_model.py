@@ -102,14 +102,17 @@ def test_causality_by_gradients(shape):
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 32), (3, 5), (33, 1)], ids=str)
 @pytest.mark.parametrize("out", [384, 65, 37, 1])  # even, odd, a prime beyond 32, and the smallest
-def test_the_linear_of_few_rows_is_a_linear(rows, out):
+def test_the_linear_of_few_rows_is_a_linear(rows, out, monkeypatch):
     """fp32, against float64: what is rounded differently is still the same product, and so are its gradients."""
+    taken, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: taken.append(1) or bmm(*args))
     torch.manual_seed(rows[0])
     x = torch.randn(*rows, 48, requires_grad=True)
     linear = Linear(48, out).eval()
     grad = torch.randn(*rows, out)
     y = linear(x)
     y.backward(grad)
+    assert len(taken) == (rows[0] * rows[1] <= 32)
     weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
     torch.testing.assert_close(y.double(), x.detach().double() @ weight.T + bias, atol=1e-5, rtol=0)
     torch.testing.assert_close(x.grad.double(), grad.double() @ weight, atol=2e-5, rtol=0)
@@ -290,6 +293,15 @@ def test_dropout_is_on_in_training_only():
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48), (1, 2, 3, 48)], ids=str)
+def test_the_linear_takes_the_shapes_of_a_linear(shape):
+    linear = Linear(48, 10).eval()
+    x = torch.randn(shape)
+    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
 
 
 def test_init_std_is_every_matrix_s():

@@ -1,4 +1,4 @@
-"""README's commands, as they stand there, and every shipped config, two steps each."""
+"""The commands of README and of the tour, as they stand there, and every shipped config, two steps each."""
 
 import os
 import re
@@ -14,20 +14,28 @@ import pytest
 import prepare
 import sample
 import train
-from config._cli import config_files
+from config._cli import config_files, read_config_file
+from config._schema import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1"]  # later flags win
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def commands_of(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def test_readme_commands_run(tmp_path, monkeypatch, capsys):
-    """In their order, in a folder of their own, with two steps for each training."""
+@pytest.mark.parametrize(
+    "page, leaves",
+    [
+        ("README.md", {"names", "shakespeare_char_cpu", "mine"}),
+        ("docs/tour.md", {"ladder"}),
+    ],
+)
+def test_commands_run(page, leaves, tmp_path, monkeypatch, capsys):
+    """A page's commands, in their order, in a folder of their own, with two steps for each training."""
     if not os.environ.get("QUILL_CORPORA"):
         pytest.skip("QUILL_CORPORA is not set: no Tiny Shakespeare without a network")
     for name in ("config", "train.py", "sample.py", "prepare.py"):
@@ -35,7 +43,7 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "my.txt").write_text("To be, or not to be: that is the question.\n" * 100, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     ran = []
-    for line in readme_commands():
+    for line in commands_of(page):
         for command in line.split(" && "):
             words = shlex.split(command)
             if words[:2] == ["pip", "install"]:
@@ -60,7 +68,7 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
                 assert words[0] == "python" and script.main(words[2:]) in (0, None), command
             ran.append(command)
     assert len(ran) >= 12
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"names", "shakespeare_char_cpu", "mine"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= leaves
     shutil.rmtree(tmp_path / "out")
 
 
@@ -68,7 +76,7 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
 def test_every_shipped_config_takes_two_steps(path, data_dir, tmp_path):
     """On the tiny datasets, with everything else as shipped but the batch, which is cut to two rows."""
     text = path.read_text(encoding="utf-8")
-    dataset = "words" if "names" in path.stem else "prose"
+    dataset = "words" if "names" in read_config_file(path, TrainConfig).get("dataset", "") else "prose"
     argv = [f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", *SHORT]
     argv += ["--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu", "--final_samples=1"]
     if "block_size = 1024" in text:

@@ -463,7 +463,14 @@ def test_dry_run_describes_and_trains_nothing(flags, tmp_path, capsys):
     assert f"{flops:,} to train on" in text and f"{4 * 4 * parameters / 2**20:.1f} MiB of weights" in text
     assert "a step            4 rows, 64 tokens" in text
     epoch = float(re.search(r"an epoch +([\d.]+) steps", text)[1])
-    assert f"40 steps, {40 / epoch:.1f}" in text and not out_dir.exists()
+    tokens = int(re.search(r"an epoch .* steps, ([\d,]+) tokens", text)[1].replace(",", ""))
+    assert f"40 steps, {40 / epoch:.1f}" in text and not out_dir.exists() and tokens == pytest.approx(64 * epoch, abs=4)
+
+
+def test_dry_run_of_a_model_that_fits_nowhere(flags, capsys):
+    """GPT-3's shape, 12 · 96 · 12288² and more parameters, takes no memory to describe."""
+    assert train.main(flags(dry_run=True, n_layer=96, n_head=96, n_embd=12288, tensorboard=True)) == 0
+    assert int(re.search(r"GPT +([\d,]+) parameters", capsys.readouterr().out)[1].replace(",", "")) > 12 * 96 * 12288**2
 
 
 def test_dry_run_of_documents_in_a_folder_that_is_in_use(flags, capsys):
@@ -475,3 +482,17 @@ def test_dry_run_of_documents_in_a_folder_that_is_in_use(flags, capsys):
     rows, tokens = map(int, re.search(r"a step +(\d+) rows, (\d+) tokens", text).groups())
     steps, total = re.search(r"an epoch +([\d.]+) steps, ([\d,]+) tokens", text).groups()
     assert rows == 4 and tokens == pytest.approx(int(total.replace(",", "")) / float(steps), rel=0.05)
+
+
+def test_a_checkpoint_older_than_an_option_has_its_default(flags, tmp_path):
+    """Resuming may restate it; fine-tuning with another value is refused by name."""
+    run(flags(max_iters=2, eval_interval=2))
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(path)
+    for key in ("norm_embedding", "norm_final", "init_std"):
+        del state["config"][key]
+    checkpoint.save(path, state)
+    assert train.main(flags(max_iters=4, eval_interval=2, init_from="resume", norm_final=True)) == 0
+    with pytest.raises(UserError, match="norm_embedding=True: .* has norm_embedding=False"):
+        train.main(flags(init_from=path, out_dir=tmp_path / "tuned", norm_embedding=True))
+    assert train.main(flags(init_from=path, out_dir=tmp_path / "tuned", init_std=0.3, max_iters=2)) == 0

@@ -3,7 +3,7 @@
     python train.py config/ladder/8_dropout.py
 
 A tenth of the activations is left out at random, against learning by heart.
-config/shakespeare_char.py is this at its full size.
+config/shakespeare_char.py is the same architecture at its full size.
 """
 
 out_dir = "out/ladder/8_dropout"
