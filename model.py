@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value at once
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.attn_dropout = Dropout(config.dropout)
+        self.attn_dropout = Dropout(config.dropout if config.attention_dropout is None else config.attention_dropout)
         self.resid_dropout = Dropout(config.dropout)
         self.qk_norm = rms_norm(config.n_embd // config.n_head) if config.qk_norm else nn.Identity()
 

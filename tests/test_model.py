@@ -295,6 +295,24 @@ def test_dropout_is_on_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+def test_attention_dropout_is_its_own():
+    """Unset, it is as `dropout`; at 0 with dropout 0, nothing is drawn; each alone changes what training computes."""
+
+    def rates(**options):
+        model = make(**options)
+        block = model.transformer["h"][0]
+        return [
+            d.p
+            for d in (model.transformer["drop"], block.attn.attn_dropout, block.attn.resid_dropout, block.mlp.dropout)
+        ]
+
+    assert rates(dropout=0.25) == [0.25] * 4
+    assert rates(dropout=0.25, attention_dropout=0.0) == [0.25, 0, 0.25, 0.25]
+    assert rates(attention_dropout=0.5) == [0, 0.5, 0, 0]
+    model, idx = make(std=0.4, attention_dropout=0.5).train(), tokens(2, 8)
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
 @pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48), (1, 2, 3, 48)], ids=str)
 def test_the_linear_takes_the_shapes_of_a_linear(shape):
     linear = Linear(48, 10).eval()
