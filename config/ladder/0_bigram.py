@@ -3,6 +3,7 @@
     python train.py config/ladder/0_bigram.py
 
 A table of vectors, one for each character, and a linear layer that turns it into the logits of the next: no context.
+Validation loss 2.483, mean of three seeds; 7 s on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/0_bigram"

@@ -3,6 +3,7 @@
     python train.py config/ladder/1_positions.py
 
 A position has a vector too, added to the character's. Where in a window a character stands says little about the next.
+Validation loss 2.483, mean of three seeds; 6 s on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/1_positions"

@@ -3,6 +3,7 @@
     python train.py config/ladder/2_attention.py
 
 Each character looks back at those before it and takes what it needs; the head's output is all that goes on.
+Validation loss 2.350, mean of three seeds; 20 s on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/2_attention"

@@ -3,6 +3,7 @@
     python train.py config/ladder/3_multihead.py
 
 The same width, cut into four heads that look at different places.
+Validation loss 2.154, mean of three seeds; 25 s on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/3_multihead"

@@ -3,6 +3,7 @@
     python train.py config/ladder/4_mlp.py
 
 What attention has gathered is thought over, by each position for itself.
+Validation loss 2.006, mean of three seeds; 43 s on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/4_mlp"

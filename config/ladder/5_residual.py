@@ -3,6 +3,7 @@
     python train.py config/ladder/5_residual.py
 
 Attention and MLP add to what came in, in place of replacing it.
+Validation loss 1.929, mean of three seeds; 46 s on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/5_residual"

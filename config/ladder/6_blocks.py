@@ -3,6 +3,7 @@
     python train.py config/ladder/6_blocks.py
 
 The same again, three times more.
+Validation loss 1.711, mean of three seeds; two and a half minutes on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/6_blocks"

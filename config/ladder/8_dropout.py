@@ -4,6 +4,7 @@
 
 A tenth of the activations is left out at random, against learning by heart.
 config/shakespeare_char.py is the same architecture at its full size.
+Validation loss DROP, mean of three seeds; three minutes on one CPU core (docs/records.md).
 """
 
 out_dir = "out/ladder/8_dropout"
