@@ -57,6 +57,8 @@ def main(argv):
         raise UserError(f"{paths[0]}: bench.py {name} takes options only (see --help)")
     if name in TRAINING:
         training = read_args(rest, TrainConfig, __doc__)[1]
+        if taken := training.keys() & {"seed", "init_from", "overwrite", "dry_run", "eval_only"}:
+            raise UserError(f"--{min(taken)}: not with bench.py {name}, which sets its runs' seeds and starts itself")
         lines = TRAINING[name](paths, training, config)
     elif rest:
         raise UserError(f"{rest[0]}: not an option of bench.py {name} (see --help)")

@@ -26,11 +26,7 @@ from config._schema import ModelConfig, TrainConfig
 from model import GPT
 
 FORMAT = 1
-SHAPE = {f.name for f in fields(ModelConfig)} - {
-    "dropout",
-    "attention_dropout",
-    "init_std",
-}  # options that a run's weights fix
+SHAPE = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}  # options that a run's weights fix
 SAMPLE_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
 RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best"}
 

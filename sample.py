@@ -18,7 +18,7 @@ import checkpoint
 import score
 from config._cli import read_args, run
 from config._errors import UserError
-from config._machine import pick_machine
+from config._machine import memory_limits, pick_machine
 from config._schema import SampleConfig
 from data.batches import derive_seed
 from data.token_files import open_dataset
@@ -143,15 +143,16 @@ def main(argv):
     except UserError as error:
         raise UserError(f"{given}: {error}; {path} knows the characters of its training text") from None
     machine = pick_machine(config)
-    # The weights themselves in half precision: reading them is most of the work of drawing a token.
-    model = checkpoint.load_model(state, path).to(machine.device, machine.dtype)
-    if not scoring:
-        sample(model, tokenizer, text, config, machine, write)
-        return
-    rows = score.score(model, tokenizer, ids, config.temperature, machine.device)
-    lines = [score.to_json(rows, characters)] if config.json else score.table(rows, tokenizer, characters)
-    for line in lines:
-        print(line)
+    with memory_limits(machine):
+        # The weights themselves in half precision: reading them is most of the work of drawing a token.
+        model = checkpoint.load_model(state, path).to(machine.device, machine.dtype)
+        if not scoring:
+            sample(model, tokenizer, text, config, machine, write)
+            return
+        rows = score.score(model, tokenizer, ids, config.temperature, machine.device)
+        lines = [score.to_json(rows, characters)] if config.json else score.table(rows, tokenizer, characters)
+        for line in lines:
+            print(line)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import checkpoint
 from board import open_board
 from config._cli import list_configs, note, read_args, read_config_file, run
 from config._errors import UserError
-from config._machine import Ranks, StopSignals, pick_machine
+from config._machine import Ranks, StopSignals, memory_limits, pick_machine
 from config._schema import TrainConfig
 from data.batches import Batches, derive_seed
 from data.token_files import ensure, open_dataset
@@ -305,12 +305,8 @@ def main(argv):
     with ranks.joined():
         config, flags, state = ranks.on_all_ranks(checkpoint.start, from_file, flags)
         machine = ranks.on_all_ranks(pick_machine, config, ranks)
-        try:
+        with memory_limits(machine):
             return train(config, flags, state, machine)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            raise UserError(f"{machine.name} is out of memory; use a smaller --batch_size or model") from None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import statistics
 from pathlib import Path
 
 from benches.measure import span, trained
+from config._cli import read_config_file
 from config._errors import UserError
+from config._schema import TrainConfig
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond the table, the normal distribution's 1.96.
 T_95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]
@@ -37,6 +39,11 @@ def compare(paths, given, config):
     names = {path: Path(path).stem for path in paths}
     if len(set(names.values())) < 2:
         raise UserError(f"{' and '.join(paths)}: give two config files with different names")
+    if config.seeds < 2:
+        raise UserError("--seeds=1: an interval takes two seeds or more")
+    datasets = {TrainConfig(**(read_config_file(path, TrainConfig) | given)).dataset for path in paths}
+    if len(datasets) > 1:
+        raise UserError(f"{' and '.join(paths)}: losses on {' and '.join(sorted(datasets))} can't be compared")
     for seed in range(1, config.seeds + 1):
         for path in paths:
             own = {"seed": seed, "data_dir": config.data_dir, "device": config.device}

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import checkpoint
 from benches.measure import ROOT, flags, process, trained
+from config._cli import read_config_file
 from config._files import replacing
+from config._schema import TrainConfig
 
 ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, how wide the picture is
 
@@ -17,8 +19,10 @@ def ladder(paths, given, config):
     paths: the rungs to take, all if empty. given: training options that differ from their own. The picture of all rungs
     as they are, three seeds or more, goes to docs, any other to out_dir.
     """
-    lines = []
-    for path in [Path(path) for path in paths] or sorted((ROOT / "config" / "ladder").glob("*.py")):
+    lines, paths = [], [Path(path) for path in paths]
+    for path in paths:
+        read_config_file(path, TrainConfig)  # a mistake shows before the first run, not behind it
+    for path in paths or sorted((ROOT / "config" / "ladder").glob("*.py")):
         runs = []
         for seed in range(1, config.seeds + 1):
             out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"

@@ -25,7 +25,8 @@ def process(argv, cwd=ROOT):
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode:
-        raise UserError(f"{' '.join(map(str, argv))} in {cwd} failed: {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{' '.join(map(str, argv))} in {cwd} failed: {reason}")
     return seconds, done.stdout
 
 

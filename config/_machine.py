@@ -109,6 +109,20 @@ class Machine(Ranks):
         return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", self.name)), None)
 
 
+@contextmanager
+def memory_limits(machine):
+    """What does not fit into memory, or into any, ends as one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = ("allocate memory", "Storage size calculation overflowed")
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(k in str(error) for k in known):
+            raise
+        raise UserError(
+            f"{machine.name} is out of memory; use a smaller --batch_size, --num_samples or model"
+        ) from None
+
+
 class StopSignals:
     """SIGINT and SIGTERM ask the loop to end after its step. A second SIGINT ends a process that is alone at once."""
 

@@ -29,6 +29,8 @@ class Checked:
                 continue
             if not -1e300 < value < 1e300:  # nan is neither; an int may be too large for a float
                 raise UserError(f"--{f.name}={str(value)[:30]}: must be a finite number of a sensible size")
+            if isinstance(value, int) and value >= 2**63 and f.name != "seed":
+                raise UserError(f"--{f.name}={str(value)[:30]}: must be a finite number of a sensible size")
             if limits["at_least"] is not None and value < limits["at_least"]:
                 raise UserError(f"--{f.name}={value}: must be at least {limits['at_least']}")
             if limits["above"] is not None and value <= limits["above"]:
@@ -49,7 +51,9 @@ class ModelConfig(Checked):
     n_head: int = option(12, "attention heads in a block", at_least=1)
     n_embd: int = option(768, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
-    attention_dropout: float | None = option(None, "dropout on attention weights alone", at_least=0, below=1)
+    attention_dropout: float | None = option(
+        None, "dropout on attention weights; empty is --dropout's", at_least=0, below=1
+    )
     bias: bool = option(False, "bias in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
     norm_embedding: bool = option(False, "normalise the embeddings too, before the first block")
@@ -70,6 +74,8 @@ class ModelConfig(Checked):
                 f"--position=rope turns pairs, so a head's width must be even: --n_embd={self.n_embd} / "
                 f"--n_head={self.n_head} is {self.n_embd // self.n_head}"
             )
+        if self.mlp_ratio * self.n_embd > 2**31:
+            raise UserError(f"--mlp_ratio={self.mlp_ratio} of --n_embd={self.n_embd} is too wide")
         if self.mlp_ratio and int(self.mlp_ratio * self.n_embd) < 1:
             raise UserError(f"--mlp_ratio={self.mlp_ratio} of --n_embd={self.n_embd} leaves the MLP no width")
 
@@ -211,7 +217,7 @@ class BenchConfig(Checked):
     seeds: int = option(3, "compare, ladder: seeds for each config", at_least=1)
     recipe: str = option("config/shakespeare_char_cpu.py", "loss: the config to run")
     data_dir: str = option("data", "folder of the prepared datasets")
-    out_dir: str = option("out/bench", "folder for the JSON and for compare's runs")
+    out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")
     device: str = option("auto", "as in train.py")
 
 

@@ -2,7 +2,7 @@
 
     python train.py config/shakespeare_char_fast.py
 
-RoPE, QK-norm, RMSNorm, ReLU² and Muon for as long as nanoGPT's laptop recipe takes to 1.898: about two minutes on two CPU
+RoPE, QK-norm, RMSNorm, ReLU² and Muon for as long as nanoGPT's laptop recipe takes to 1.898: two minutes on two CPU
 cores without bf16, to a validation loss of 1.60 (docs/records.md).
 """
 

@@ -127,6 +127,10 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, tmp_
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: bench.py train takes options only"),
         (["start", "--pairs=0"], "--pairs=0"),
+        (["compare", "config/names.py", "config/gpt2.py"], "losses on names and openwebtext can't be compared"),
+        (["compare", "config/names.py", "config/names32k.py", "--seeds=1"], "two seeds or more"),
+        (["compare", "config/names.py", "config/names32k.py", "--seed=7"], "--seed: not with bench.py compare"),
+        (["ladder", "config/ladder/typo.py"], "typo.py: no such config file"),
     ],
 )
 def test_mistakes(argv, words):

@@ -495,4 +495,19 @@ def test_a_checkpoint_older_than_an_option_has_its_default(flags, tmp_path):
     assert train.main(flags(max_iters=4, eval_interval=2, init_from="resume", norm_final=True)) == 0
     with pytest.raises(UserError, match="norm_embedding=True: .* has norm_embedding=False"):
         train.main(flags(init_from=path, out_dir=tmp_path / "tuned", norm_embedding=True))
-    assert train.main(flags(init_from=path, out_dir=tmp_path / "tuned", init_std=0.3, max_iters=2)) == 0
+    with pytest.raises(UserError, match="init_std=0.3: .* has init_std=None"):
+        train.main(flags(init_from=path, out_dir=tmp_path / "tuned", init_std=0.3))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"dry_run": True, "n_embd": 10**10, "n_head": 1, "mlp_ratio": 0}, "is out of memory"),
+        ({"dry_run": True, "mlp_ratio": 1e200}, "--mlp_ratio=1e\\+200 of --n_embd=16 is too wide"),
+        ({"batch_size": 10**12}, "is out of memory"),
+        ({"gradient_accumulation_steps": 10**23}, "--gradient_accumulation_steps=1000.*: must be a finite number"),
+    ],
+)
+def test_sizes_beyond_any_memory_are_one_line(flags, options, words):
+    with pytest.raises(UserError, match=words):
+        train.main(flags(**options))
