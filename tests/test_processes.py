@@ -109,7 +109,14 @@ def test_a_signal_to_torchrun_saves(flags, tmp_path):
 def test_a_bare_command_lists_the_configs():
     done = command("train.py", check=2)
     for path in config_files():
-        assert sum(line.split()[0] == f"config/{path.name}" for line in done.stdout.splitlines() if line.strip()) == 1
+        assert (
+            sum(
+                line.split()[0] == path.relative_to(ROOT).as_posix()
+                for line in done.stdout.splitlines()
+                if line.strip()
+            )
+            == 1
+        )
 
 
 def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
