@@ -77,7 +77,8 @@ def trained(path, out_dir, options):
     options |= {"out_dir": out_dir, "init_from": "auto"}
     last = Path(out_dir) / "last.pt"
     if last.is_file():
-        held = checkpoint.load(last)["config"]
+        state = checkpoint.load(last)
+        held = state["config"]
         wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
         if other := [
             key
@@ -85,6 +86,8 @@ def trained(path, out_dir, options):
             if key not in ("init_from", "device", "data_dir", "out_dir") and held.get(key) != wanted[key]
         ]:
             raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
+        if state["step"] >= wanted["max_iters"]:
+            return metrics(out_dir)
     process(["train.py", path, *flags(options)])
     return metrics(out_dir)
 
