@@ -71,7 +71,7 @@ class Linear(nn.Linear):
         if not few or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        # With few rows, a CPU's time goes into reading the weights, and F.linear reads them at a third of the memory's
+        # With few rows, a CPU's time goes into reading the weights, and F.linear reads them at half the memory's
         # speed (docs/records.md). On the left of a product, and in parts, so that all threads read, they come at full.
         y = torch.bmm(self.weight.view(self.parts, -1, self.in_features), rows.T.expand(self.parts, -1, -1))
         y = y.flatten(0, 1).T.view(*x.shape[:-1], self.out_features)  # from (parts, out / parts, rows)
