@@ -74,7 +74,7 @@ class Linear(nn.Linear):
         # With few rows, a CPU's time goes into reading the weights, and F.linear reads them at half the memory's
         # speed (docs/records.md). On the left of a product, and in parts, so that all threads read, they come at full.
         y = torch.bmm(self.weight.view(self.parts, -1, self.in_features), rows.T.expand(self.parts, -1, -1))
-        y = y.flatten(0, 1).T.view(*x.shape[:-1], self.out_features)  # from (parts, out / parts, rows)
+        y = y.view(self.out_features, -1).T.view(*x.shape[:-1], self.out_features)  # from (parts, out / parts, rows)
         return y if self.bias is None else y + self.bias
 
 
@@ -97,7 +97,8 @@ class CausalSelfAttention(nn.Module):
         q, k = self.qk_norm(q), self.qk_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = q.type_as(v), k.type_as(v)  # norm and rotation may have raised the precision under autocast
+        if q.dtype != v.dtype:  # norm and rotation may have raised the precision under autocast
+            q, k = q.type_as(v), k.type_as(v)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, tokens so far, D)
         y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, C)
@@ -296,19 +297,19 @@ class KVCache:
 
     def __init__(self, config):
         self.capacity = config.block_size
-        self.buffers = [None] * config.n_layer
+        self.keys = [None] * config.n_layer
+        self.values = [None] * config.n_layer
         self.length = 0  # tokens that every layer holds; `GPT.hidden` moves it on
 
     def append(self, layer, k, v):
         """Store `k`, `v` (B, H, T, D) behind what is there. → all keys, all values (B, H, length + T, D)"""
-        B, H, T, D = k.shape
-        if self.buffers[layer] is None:
-            self.buffers[layer] = k.new_empty(2, B, H, self.capacity, D)
-        end = self.length + T
-        self.buffers[layer][0, :, :, self.length : end] = k
-        self.buffers[layer][1, :, :, self.length : end] = v
-        keys, values = self.buffers[layer][:, :, :, :end]
-        return keys, values
+        if self.keys[layer] is None:
+            B, H, _, D = k.shape
+            self.keys[layer], self.values[layer] = k.new_empty(2, B, H, self.capacity, D)
+        keys, values, T = self.keys[layer], self.values[layer], k.size(2)
+        keys.narrow(2, self.length, T).copy_(k)
+        values.narrow(2, self.length, T).copy_(v)
+        return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

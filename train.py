@@ -208,7 +208,7 @@ def train(config, flags, state, machine):
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if scaler.is_enabled() and config.optimizer == "muon":
         raise UserError("--optimizer=muon: not in float16, where steps overflow; use --dtype=float32 or bfloat16")
-    optimizers = make_optimizers(model, config, machine.dtype)
+    optimizers = make_optimizers(model, config)
     if config.init_from == "resume":
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             checkpoint.load_optimizer(optimizer, saved)

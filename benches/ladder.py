@@ -26,7 +26,7 @@ def ladder(paths, given, config):
         runs = []
         for seed in range(1, config.seeds + 1):
             out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
-            own = {"seed": seed, "data_dir": config.data_dir, "device": config.device}
+            own = {"seed": seed, "data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
             last = trained(path, out_dir, given | own)[-1]
             runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
         best = Path(out_dir) / "best.pt"

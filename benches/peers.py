@@ -14,57 +14,94 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from benches.measure import ROOT, flags, in_turn, metrics, process, row
 from config._errors import UserError
+from config._machine import pick_machine
+from config._schema import ModelConfig
+from model import GPT
 
 LAPTOP = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "dropout": 0.0}
 BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "dropout": 0.2}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+GPT2_IDS = 50257
 
 
 def train(config):
-    """Tokens a second of training, evaluation left out, at the laptop recipe's shape and at 10.7M parameters."""
+    """Tokens a second of training, evaluation left out, at the laptop recipe's shape and at 10.7M parameters.
+
+    On a GPU: at 10.7M with nanoGPT's batch of 64, compiled; and ours alone at GPT-2's shape, with its MFU.
+    """
+    gpu = on_gpu(config)
     lines = []
-    for name, shape, steps in (("laptop shape", LAPTOP, 200), ("10.7M shape", BABY, 8)):
+    shapes = (("laptop shape", LAPTOP, 200), ("10.7M shape", BABY, 8))
+    if gpu:
+        shapes = (("10.7M shape, batch 64", BABY | {"batch_size": 64}, 800),)
+    for name, shape, steps in shapes:
         tokens = shape["batch_size"] * shape["block_size"]
         options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
 
         def ours(options=options):
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
-                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1000, "device": config.device}
+                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1000} | on_machine(config)
                 process(["train.py", *flags(options | extra)])
                 speeds = [float(row["tokens_per_s"]) for row in metrics(folder)]
                 return statistics.harmonic_mean(speeds[1:])  # the first quarter holds the warm-up
 
         def theirs(options=options, steps=steps, tokens=tokens):
             with tempfile.TemporaryDirectory() as folder:
-                extra = {"out_dir": folder, "compile": False, "eval_iters": 1, "log_interval": 1}
+                extra = {"out_dir": folder, "compile": gpu, "eval_iters": 1, "log_interval": 1}
                 extra |= {"device": peer_device(config), "eval_interval": 10**6, "always_save_checkpoint": False}
                 _, out = process(["train.py", "config/train_shakespeare_char.py", *flags(options | extra)], config.peer)
                 times = [float(ms) for ms in re.findall(r"iter \d+: loss .*?, time ([\d.]+)ms", out)]
-                return tokens / (statistics.mean(times[2:]) / 1000)  # the first two hold its evaluation and warm-up
+                return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
 
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)
         lines.append(row(f"training, {name}", "tokens/s", *figures, more_is_better=True))
+    return [*lines, *(gpt2(config) if gpu else [])]
+
+
+def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=32, steps=80):
+    """Training at GPT-2's shape on random tokens, ours alone: tokens a second, and the share of the peak that it is."""
+    options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
+    options |= {"eval_interval": steps // 4, "log_interval": steps // 4, "dataset": "random"} | on_machine(config)
+    with tempfile.TemporaryDirectory() as folder:
+        # Every id once, so that the vocabulary is whole, then at random; all from a plane without surrogates.
+        drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
+        text = Path(folder) / "random.txt"
+        text.write_text("".join(chr(0x10000 + number) for number in drawn.tolist()), encoding="utf-8")
+        process(["prepare.py", f"--input={text}", "--dataset=random", f"--data_dir={folder}"])
+        options |= {"data_dir": folder, "out_dir": f"{folder}/run", "overwrite": True}
+
+        def ours():
+            process(["train.py", *flags(options)])
+            return statistics.harmonic_mean([float(row["tokens_per_s"]) for row in metrics(f"{folder}/run")][1:])
+
+        speeds, _ = in_turn(config.pairs, ours)
+    machine = pick_machine(config)
+    lines = [row("training, 124M shape, random tokens", "tokens/s", speeds, [], more_is_better=True)]
+    if machine.peak_flops:
+        with torch.device("meta"):
+            flops = GPT(ModelConfig(**shape), ids).flops_per_token()
+        shares = [speed * flops / machine.peak_flops for speed in speeds]
+        lines.append(row("MFU of that", "of the data sheet's bf16 peak", shares, [], more_is_better=True))
     return lines
 
 
 def loss(config):
     """A recipe, the laptop's for the peer, from the command to its end, and the full-split loss that it reaches.
 
-    Each of our runs has a seed of its own, 1, 2, …; the peer's is always the same.
+    On a GPU, the peer's is its own for Tiny Shakespeare, as shipped, compiling included. Each of our runs has a seed of
+    its own, 1, 2, …; the peer's is always the same.
     """
     losses = ([], [])
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            extra = {
-                "out_dir": folder,
-                "data_dir": config.data_dir,
-                "device": config.device,
-                "seed": len(losses[0]) + 1,
-            }
+            extra = {"out_dir": folder, "data_dir": config.data_dir, "seed": len(losses[0]) + 1} | on_machine(config)
             seconds, _ = process(["train.py", config.recipe, *flags(extra)])
             losses[0].append(float(metrics(folder)[-1]["val_loss"]))
             return seconds
@@ -73,10 +110,12 @@ def loss(config):
         with tempfile.TemporaryDirectory() as folder:
             # nanoGPT's README, "I only have a macbook".
             recipe = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
-            extra = {"out_dir": folder, "device": peer_device(config), "compile": False}
+            recipe = {} if on_gpu(config) else recipe | {"compile": False}
+            extra = {"out_dir": folder, "device": peer_device(config)}
             argv = ["train.py", "config/train_shakespeare_char.py", *flags(recipe | extra)]
             seconds, _ = process(argv, config.peer)
             evaluation = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
+            evaluation |= {"device": config.device}
             _, out = process(["train.py", *flags(evaluation), "--eval_only"])
             losses[1].append(float(re.search(r"val loss ([\d.]+)", out)[1]))
             return seconds
@@ -92,20 +131,22 @@ import contextlib, io, sys, time
 sys.path.insert(0, {path!r})
 import torch
 torch.manual_seed(0)
+device = torch.device({device!r})
+context = contextlib.nullcontext()
 {build}
-idx = torch.zeros(({batch}, 1), dtype=torch.long)
-with torch.no_grad():
+idx = torch.zeros(({batch}, 1), dtype=torch.long, device=device)
+with torch.no_grad(), context:
     model.generate(idx, 8, temperature=0.8, top_k=50)
     began = time.perf_counter()
-    model.generate(idx, {tokens}, temperature=0.8, top_k=50)
+    model.generate(idx, {tokens}, temperature=0.8, top_k=50).cpu()
 print({batch} * {tokens} / (time.perf_counter() - began))
 """
 OURS = """
 from config._schema import ModelConfig, SampleConfig
 from config._machine import pick_machine
 from model import GPT
-machine = pick_machine(SampleConfig(device="cpu"))
-model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(machine.dtype)
+machine = pick_machine(SampleConfig(device={device!r}, dtype={dtype!r}))
+model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(device, machine.dtype)
 """
 TRANSFORMERS = """
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -113,16 +154,20 @@ class GPT:
     def __init__(self, n_layer, n_head, n_embd, block_size):
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size)
         config = GPT2Config(vocab_size={vocab}, bos_token_id=0, eos_token_id=None, **shape)
-        self.model = GPT2LMHeadModel(config).eval()
+        self.model = GPT2LMHeadModel(config).eval().to(device)
     def generate(self, idx, tokens, **options):
         out = self.model.generate(idx, max_new_tokens=tokens, do_sample=True, pad_token_id=0, **options)
         assert out.shape[1] == idx.shape[1] + tokens
+        return out
 model = GPT(**{shape!r})
 """
+# As its sample.py does: on a GPU in bfloat16 by autocast, on a CPU in float32.
 THEIRS = """
 with contextlib.redirect_stdout(io.StringIO()):
     from model import GPT, GPTConfig
-    model = GPT(GPTConfig(vocab_size={vocab}, dropout=0.0, bias=False, **{shape!r})).eval()
+    model = GPT(GPTConfig(vocab_size={vocab}, dropout=0.0, bias=False, **{shape!r})).eval().to(device)
+if device.type == "cuda":
+    context = torch.autocast("cuda", torch.bfloat16)
 """
 
 
@@ -132,18 +177,19 @@ def generate(config):
     Beside the peer, and beside transformers where it is installed, both of which draw one sample at a time.
     """
     lines = []
+    device = peer_device(config)
     baby = {key: BABY[key] for key in GPT2}
+    many = 64 if on_gpu(config) else 16
     for name, shape, vocab, batch, tokens in (
         ("10.7M, one sample", baby, 65, 1, 250),
-        ("10.7M, 16 samples", baby, 65, 16, 250),
-        ("124M, one sample", GPT2, 50257, 1, 100),
+        (f"10.7M, {many} samples", baby, 65, many, 250),
+        ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
     ):
 
         def measure(build, path, batch=batch, shape=shape, vocab=vocab, tokens=tokens):
-            code = GENERATE.format(
-                path=str(path), build=build.format(shape=shape, vocab=vocab), batch=batch, tokens=tokens
-            )
-            return float(process(["-c", code], path)[1])
+            known = {"path": str(path), "device": device, "batch": batch, "tokens": tokens}
+            build = build.format(shape=shape, vocab=vocab, device=device, dtype=config.dtype)
+            return float(process(["-c", GENERATE.format(build=build, **known)], path)[1])
 
         def ours():
             return measure(OURS, ROOT)
@@ -165,7 +211,7 @@ def generate(config):
 def start(config):
     """From the command to the end of the first step, on prepared data, less the time of `import torch` alone."""
     with tempfile.TemporaryDirectory() as folder:
-        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir, "device": config.device}
+        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | on_machine(config)
         options |= {"gradient_accumulation_steps": 1, "overwrite": True, "out_dir": folder, "max_iters": 10**6}
 
         def ours():
@@ -209,5 +255,14 @@ def prepare(config):
     return [row(f"prepare {size:.0f} MB, char", "s", *figures, more_is_better=False)]
 
 
+def on_gpu(config):
+    return pick_machine(config).device.type == "cuda"
+
+
+def on_machine(config):
+    return {"device": config.device, "dtype": config.dtype}
+
+
 def peer_device(config):
-    return "cpu" if config.device == "auto" else config.device
+    """What `--device` stands for: the peer knows no `auto`."""
+    return ("cuda" if on_gpu(config) else "cpu") if config.device == "auto" else config.device

@@ -209,7 +209,7 @@ class PrepareConfig(Checked):
 
 
 @dataclass(frozen=True)
-class BenchConfig(Checked):
+class BenchConfig(SystemConfig):
     """Benchmarks"""
 
     peer: str = option("", "a checkout of nanoGPT to measure beside ours; empty measures ours alone")
@@ -218,7 +218,6 @@ class BenchConfig(Checked):
     recipe: str = option("config/shakespeare_char_cpu.py", "loss: the config to run")
     data_dir: str = option("data", "folder of the prepared datasets")
     out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")
-    device: str = option("auto", "as in train.py")
 
 
 # nanoGPT's keys that have no meaning of their own here: what to say, and what they stand for now.

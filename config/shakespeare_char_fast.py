@@ -21,7 +21,7 @@ qk_norm = True
 
 batch_size = 32
 gradient_accumulation_steps = 1
-max_iters = 900
+max_iters = 960
 optimizer = "muon"
 learning_rate = 1e-2
 muon_learning_rate = 0.015
@@ -30,5 +30,5 @@ schedule = "linear"
 warmup_iters = 10
 min_lr = 2e-4
 
-eval_interval = 900
+eval_interval = 960
 log_interval = 20

@@ -33,6 +33,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """A test that takes it runs on the CPU and, where there is one, on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA here")
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A folder with two datasets: `prose`, a stream, and `words`, documents."""

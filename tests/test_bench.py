@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import bench
+from benches import measure, peers
 from benches.compare import paired, verdict
 from benches.ladder import draw
 from config._cli import read_config_file
 from config._errors import UserError
-from config._schema import TrainConfig
+from config._schema import BenchConfig, TrainConfig
 
 
 def test_paired_interval_by_hand():
@@ -114,6 +115,45 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, tmp_
     bench.main([*argv, f"--out_dir={tmp_path}", *keep])
     with pytest.raises(UserError, match="0_bigram-1 holds a run with another max_iters, learning_rate"):
         bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"])
+
+
+def test_gpt2_s_share_of_the_peak_by_hand(monkeypatch):
+    """On a tiny shape and 300 ids, and a CPU said to do 10⁹ FLOP/s: 6 for each weight that multiplies, 12 L C T."""
+    monkeypatch.setattr("config._machine.PEAK_FLOPS", {"cpu": 1e9})
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
+    config = BenchConfig(pairs=1, device="cpu", dtype="bfloat16")
+    speed, share = peers.gpt2(config, shape, ids=300, batch_size=2, steps=8)
+    weights = 300 * 8 + 12 * 8 * 8 + 3 * 8  # lm_head, which the embedding shares; a block's matrices; three norms
+    assert speed["n"] == 1 and min(speed["ours"]) > 0
+    expected = [tokens * (6 * weights + 12 * 8 * 16) / 1e9 for tokens in speed["ours"]]
+    assert share["ours"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_generation_is_measured_beside_a_peer(tmp_path, capsys):
+    """The peer: quill itself, behind nanoGPT's names. Its speed for one sample is then ours within a factor of 3."""
+    (tmp_path / "model.py").write_text(
+        f"""
+import importlib.util, sys
+sys.path.insert(0, {str(measure.ROOT)!r})
+spec = importlib.util.spec_from_file_location("quill_model", {str(measure.ROOT / "model.py")!r})
+quill = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quill)
+from config._schema import ModelConfig
+def GPTConfig(vocab_size, **options):
+    return ModelConfig(**options), vocab_size
+class GPT(quill.GPT):
+    def __init__(self, config):
+        super().__init__(*config)
+""",
+        encoding="utf-8",
+    )
+    argv = ["generate", "--pairs=1", "--device=cpu", "--dtype=float32", f"--peer={tmp_path}", f"--out_dir={tmp_path}"]
+    bench.main(argv)
+    lines = json.loads((tmp_path / "generate.json").read_text(encoding="utf-8"))["results"]
+    assert [line["n"] for line in lines] == [1] * len(lines) and len(lines) >= 3
+    assert 1 / 3 < lines[0]["ratio"][0] < 3
+    assert "10.7M, one sample" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

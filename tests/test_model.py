@@ -32,37 +32,37 @@ SHAPES = {
 }
 
 
-def make(seed=0, std=None, **shape):
+def make(seed=0, std=None, device="cpu", **shape):
     """A tiny float64 model, dropout off; `std` widens its weights, so that differences can't hide in small ones."""
     torch.manual_seed(seed)
     model = GPT(ModelConfig(**(TINY | shape)), V).double().eval()
     if std is not None:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=std)
-    return model
+    return model.to(device)
 
 
-def tokens(B, T, seed=1):
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+def tokens(B, T, seed=1, device="cpu"):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def as_numpy(model):
-    return {name: parameter.detach().numpy().copy() for name, parameter in model.state_dict().items()}
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_logits_loss_and_gradients_agree_with_numpy(shape):
-    model = make(std=0.25, **shape)
-    idx, targets = tokens(3, 8), tokens(3, 8, seed=2)
+def test_logits_loss_and_gradients_agree_with_numpy(shape, device):
+    model = make(std=0.25, device=device, **shape)
+    idx, targets = tokens(3, 8, device=device), tokens(3, 8, seed=2, device=device)
     targets[0, 5:] = -1
     logits, loss = model(idx, targets)
     reference = as_numpy(model)
     for row in range(3):
-        expected = numpy_gpt.forward(idx[row].numpy(), reference, model.config)
-        np.testing.assert_allclose(
-            logits[row].detach().numpy(), expected, rtol=0, atol=1e-6 if model.rotary is not None else 1e-11
-        )
-    assert loss.item() == pytest.approx(numpy_gpt.loss(idx.numpy(), targets.numpy(), reference, model.config), abs=1e-6)
+        expected = numpy_gpt.forward(idx[row].cpu().numpy(), reference, model.config)
+        atol = 1e-6 if model.rotary is not None else 1e-11
+        np.testing.assert_allclose(logits[row].detach().cpu().numpy(), expected, rtol=0, atol=atol)
+    batch = idx.cpu().numpy(), targets.cpu().numpy()
+    assert loss.item() == pytest.approx(numpy_gpt.loss(*batch, reference, model.config), abs=1e-6)
 
     loss.backward()
     rng = np.random.default_rng(3)
@@ -77,22 +77,22 @@ def test_logits_loss_and_gradients_agree_with_numpy(shape):
                 nudged = {key: value.copy() if key in names else value for key, value in reference.items()}
                 for key in names:
                     nudged[key][place] += step
-                ends.append(numpy_gpt.loss(idx.numpy(), targets.numpy(), nudged, model.config))
+                ends.append(numpy_gpt.loss(*batch, nudged, model.config))
             assert parameter.grad[tuple(place)].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=2e-7), name
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_causality_by_gradients(shape):
+def test_causality_by_gradients(shape, device):
     """The logits at t depend on the inputs up to t (all of them, where there is attention) and on none behind it."""
-    model = make(std=0.25, **shape)
+    model = make(std=0.25, device=device, **shape)
     if model.config.n_layer == 0:
         with torch.no_grad():
-            one, other = model(torch.tensor([[1, 2, 3]]))[0], model(torch.tensor([[4, 5, 3]]))[0]
+            one, other = (model(torch.tensor([row], device=device))[0] for row in ([1, 2, 3], [4, 5, 3]))
         assert torch.equal(one[0, 2], other[0, 2])  # a bigram model sees one token
         return
     inputs = []
     model.transformer.wte.register_forward_hook(lambda m, i, out: (inputs.append(out), out.retain_grad())[0] and None)
-    idx = tokens(1, 8)
+    idx = tokens(1, 8, device=device)
     for t in range(8):
         inputs.clear()
         model(idx)[0][0, t].square().sum().backward()
@@ -122,12 +122,15 @@ def test_the_linear_of_few_rows_is_a_linear(rows, out, monkeypatch):
 
 @pytest.mark.parametrize("position", ["learned", "rope", "none"])
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "none"])
-def test_cached_generation_is_uncached_generation(position, norm):
-    model = make(std=0.5, position=position, norm=norm)
-    for prompt in (tokens(3, 1), tokens(3, 8), tokens(3, 20)):  # short, a block, longer than a block
+def test_cached_generation_is_uncached_generation(position, norm, device):
+    model = make(std=0.5, position=position, norm=norm, device=device)
+    for length in (1, 8, 20):  # short, a block, longer than a block
+        prompt = tokens(3, length, device=device)
         for options in ({"temperature": 0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.9}):
             out = [
-                model.generate(prompt, 30, generator=torch.Generator().manual_seed(5), use_cache=cached, **options)
+                model.generate(
+                    prompt, 30, generator=torch.Generator(device).manual_seed(5), use_cache=cached, **options
+                )
                 for cached in (True, False)
             ]
             assert torch.equal(*out) and out[0].shape == (3, prompt.size(1) + 30)
@@ -179,12 +182,12 @@ def test_generation_leaves_the_mode_as_it_was_and_uses_no_dropout():
     assert model.training and torch.equal(*out)
 
 
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(200_000, -1)
-    generator = torch.Generator().manual_seed(0)
+def test_sampling_follows_the_distribution(device):
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], device=device).expand(200_000, -1)
+    generator = torch.Generator(device).manual_seed(0)
 
     def frequencies(**options):
-        drawn = sample_token(logits, generator=generator, **options)
+        drawn = sample_token(logits, generator=generator, **options).cpu()
         return torch.bincount(drawn, minlength=4) / len(drawn)
 
     def expected(weights):

@@ -74,14 +74,19 @@ RUNS = {
 
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS.keys())
-def test_40_steps_are_20_and_20_more(flags, tmp_path, options):
+def test_40_steps_are_20_and_20_more(flags, tmp_path, options, device):
+    """Bit for bit on a CPU; on a GPU, whose sums have no fixed order, within 1e-3."""
+    options = options | {"device": device.type}
     whole = flags(**options, out_dir=tmp_path / "whole")
     parts = flags(**options, out_dir=tmp_path / "parts")
     run(whole)
     run([*parts, "--max_iters=20"])
     assert last(parts)["step"] == 20
     run([*parts, "--init_from=resume"])
-    assert_same_run(whole, parts)
+    if device.type == "cpu":
+        assert_same_run(whole, parts)
+    torch.testing.assert_close(last(whole)["model"], last(parts)["model"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(last(whole)["best_val_loss"], last(parts)["best_val_loss"], atol=1e-3, rtol=0)
     assert last(whole)["step"] == 40 and [row[0] for row in rows(whole)] == ["step", "20", "40"]
 
 

@@ -1,0 +1,32 @@
+"""Tiny Shakespeare by characters on a laptop, to the loss that nanoGPT's recipe reaches on a GPU: 3.2M parameters.
+
+    python train.py config/shakespeare_char_laptop.py
+
+RoPE, QK-norm and Muon, with little dropout and none in attention. FIGURES
+"""
+
+out_dir = "out/shakespeare_char_laptop"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 256
+block_size = 256
+dropout = 0.1
+attention_dropout = 0.0
+position = "rope"
+qk_norm = True
+
+batch_size = 8
+gradient_accumulation_steps = 1
+max_iters = 2500
+optimizer = "muon"
+learning_rate = 4e-3
+muon_learning_rate = 0.015
+weight_decay = 0.1
+schedule = "linear"
+warmup_iters = 20
+min_lr = 8e-5
+
+eval_interval = 1250
+log_interval = 50
