@@ -2,6 +2,7 @@
 
     python bench.py train --peer=../nanoGPT         # training tokens/s at two shapes
     python bench.py loss --peer=../nanoGPT          # the laptop recipe, whole process, and the loss that it ends with
+    python bench.py curve --peer=../nanoGPT         # whether a step's loss is nanoGPT's, from the same weights
     python bench.py generate --peer=../nanoGPT      # tokens/s of generation, with random weights
     python bench.py start                           # from the command to the first step, less `import torch`
     python bench.py prepare --peer=../nanoGPT       # 100 MB of text into tokens
@@ -28,6 +29,7 @@ from config._schema import BenchConfig, TrainConfig
 ALONE = {
     "train": peers.train,
     "loss": peers.loss,
+    "curve": peers.curve,
     "generate": peers.generate,
     "start": peers.start,
     "prepare": peers.prepare,

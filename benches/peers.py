@@ -126,6 +126,65 @@ def loss(config):
     return [*lines, row("full-split val loss", "nats", *losses, more_is_better=False)]
 
 
+# The peer's model and optimizer on our first weights and our batches. Both repositories have a model.py.
+REPLAY = """
+import importlib.util, math, sys
+sys.path[:0] = [{peer!r}, {root!r}]
+import torch
+from config._schema import ModelConfig, TrainConfig
+from data.batches import Batches, derive_seed
+from data.token_files import open_dataset
+from model import GPT, GPTConfig
+from optimizer import learning_rate
+spec = importlib.util.spec_from_file_location("ours", {root!r} + "/model.py")
+ours = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ours)
+config = TrainConfig(**{options!r})
+dataset, device = open_dataset(config.data_dir, config.dataset), torch.device({device!r})
+vocab, B = dataset.tokenizer.vocab_size, config.batch_size
+shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, block_size=config.block_size)
+torch.manual_seed(derive_seed("init", config.seed))
+start = ours.GPT(ModelConfig(**shape), vocab)
+model = GPT(GPTConfig(vocab_size=vocab, dropout=0.0, bias=False, **shape))
+model.load_state_dict(start.state_dict())
+model.to(device)
+optimizer = model.configure_optimizers(
+    config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
+)
+batches = Batches(dataset.train, None, config.block_size, rows=B, micro_rows=B, seed=config.seed, device=device)
+for step in range(config.max_iters):
+    (x, y, _), = batches.step(step)[1]
+    loss = model(x, y)[1]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    optimizer.zero_grad()
+    print("step", step, loss.item())
+"""
+
+
+def curve(config):
+    """Whether training is the peer's: from the same weights, on the same batches, the loss of each of 30 steps."""
+    if not config.peer:
+        raise UserError("curve: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
+    shape = BABY | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
+    options = shape | {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 1}
+    options |= {"data_dir": config.data_dir}
+    with tempfile.TemporaryDirectory() as folder:
+        extra = {"out_dir": folder, "eval_iters": 1} | on_machine(config)
+        process(["train.py", *flags(options | extra)])
+        ours = [float(row["train_loss"]) for row in metrics(folder)]
+    code = REPLAY.format(peer=config.peer, root=str(ROOT), options=options, device=peer_device(config))
+    _, out = process(["-c", code], config.peer)
+    theirs = [float(loss) for loss in re.findall(r"step \d+ ([\d.]+)", out)]
+    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    line = {"what": "loss at 10.7M, step by step", "unit": "nats", "n": 1, "ours": ours, "peer": theirs, "apart": apart}
+    print(f"{len(ours)} steps at 10.7M, from {ours[0]:.4f} to {ours[-1]:.4f}: at most {apart:.2g} from the peer's loss")
+    return [line]
+
+
 GENERATE = """
 import contextlib, io, sys, time
 sys.path.insert(0, {path!r})

@@ -159,13 +159,14 @@ class GPT(quill.GPT):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, generate, start, prepare, ladder, compare"),
+        ([], "give one of train, loss, curve, generate, start, prepare, ladder, compare"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of bench.py train"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: bench.py train takes options only"),
+        (["curve"], "curve: give a checkout of nanoGPT"),
         (["start", "--pairs=0"], "--pairs=0"),
         (["compare", "config/names.py", "config/gpt2.py"], "losses on names and openwebtext can't be compared"),
         (["compare", "config/names.py", "config/names32k.py", "--seeds=1"], "two seeds or more"),
