@@ -1,7 +1,7 @@
 """The speed figures, ours beside a peer's, in one run on one machine; and which of two configs is better.
 
     python bench.py train --peer=../nanoGPT         # training tokens/s at two shapes
-    python bench.py loss --peer=../nanoGPT          # the laptop recipe, whole process, and the loss that it ends with
+    python bench.py loss --peer=../nanoGPT          # the laptop recipe, whole process, and its best loss
     python bench.py curve --peer=../nanoGPT         # whether a step's loss is nanoGPT's, from the same weights
     python bench.py generate --peer=../nanoGPT      # tokens/s of generation, with random weights
     python bench.py start                           # from the command to the first step, less `import torch`
@@ -66,11 +66,11 @@ def main(argv):
         raise UserError(f"{rest[0]}: not an option of bench.py {name} (see --help)")
     else:
         lines = ALONE[name](config)
-    report = {"command": f"python bench.py {' '.join(argv)}", "hardware": hardware(), "results": lines}
+    report = {"command": f"python bench.py {' '.join(argv)}", "hardware": hardware(config), "results": lines}
     path = Path(config.out_dir) / f"{name}.json"
     with replacing(path) as (file,):
         file.write((json.dumps(report, indent=2, default=str) + "\n").encode())
-    print(f"{hardware()}; written to {path}")
+    print(f"{report['hardware']}; written to {path}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
-from benches.measure import span, trained
+from benches.measure import on_machine, span, trained
 from config._cli import read_config_file
 from config._errors import UserError
 from config._schema import TrainConfig
@@ -46,7 +46,7 @@ def compare(paths, given, config):
         raise UserError(f"{' and '.join(paths)}: losses on {' and '.join(sorted(datasets))} can't be compared")
     for seed in range(1, config.seeds + 1):
         for path in paths:
-            own = {"seed": seed, "data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
+            own = {"seed": seed, "data_dir": config.data_dir} | on_machine(config)
             rows = trained(path, f"{config.out_dir}/compare/{names[path]}-{seed}", given | own)
             speeds = [float(row["tokens_per_s"]) for row in rows]
             result = {"seed": seed, "val_loss": float(rows[-1]["val_loss"])}

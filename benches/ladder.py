@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 import checkpoint
-from benches.measure import ROOT, flags, process, trained
+from benches.measure import ROOT, flags, on_machine, process, trained
 from config._cli import read_config_file
 from config._files import replacing
 from config._schema import TrainConfig
@@ -26,11 +26,11 @@ def ladder(paths, given, config):
         runs = []
         for seed in range(1, config.seeds + 1):
             out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
-            own = {"seed": seed, "data_dir": config.data_dir, "device": config.device, "dtype": config.dtype}
+            own = {"seed": seed, "data_dir": config.data_dir} | on_machine(config)
             last = trained(path, out_dir, given | own)[-1]
             runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
         best = Path(out_dir) / "best.pt"
-        options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150, "device": config.device}
+        options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | on_machine(config)
         _, text = process(["sample.py", *flags(options)])
         losses = [run["val_loss"] for run in runs]
         line = {
@@ -49,7 +49,8 @@ def ladder(paths, given, config):
             *(f"\n    {written}" for written in line["text"]),
             flush=True,
         )
-    folder = Path(config.out_dir) if given or paths or config.seeds < 3 else ROOT / "docs"
+    as_they_are = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
+    folder = ROOT / "docs" if as_they_are else Path(config.out_dir)
     with replacing(folder / "ladder.svg") as (file,):
         file.write(draw(lines).encode())
     return lines

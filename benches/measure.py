@@ -11,9 +11,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 import checkpoint
 from config._cli import read_config_file
 from config._errors import UserError
+from config._machine import pick_machine
 from config._schema import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -34,13 +37,20 @@ def flags(options):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def hardware():
-    """→ the processor's name and the threads that torch would use."""
+def on_machine(config):
+    """The device and dtype that the bench was given, for a run's options; `auto` leaves a config file its own."""
+    return {key: getattr(config, key) for key in ("device", "dtype") if getattr(config, key) != "auto"}
+
+
+def hardware(config):
+    """→ the processor's name and the threads that torch would use, the GPU if that is used, and torch's version."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         name = names[0] if names else name
-    return f"{name}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
+    name = f"{name}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
+    machine = pick_machine(config)
+    return f"{name if machine.device.type == 'cpu' else machine.name}, torch {torch.__version__}"
 
 
 def in_turn(pairs, ours, peer=None):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benches.measure import ROOT, flags, in_turn, metrics, process, row
+from benches.measure import ROOT, flags, in_turn, metrics, on_machine, process, row
 from config._errors import UserError
 from config._machine import pick_machine
 from config._schema import ModelConfig
@@ -46,15 +46,15 @@ def train(config):
         def ours(options=options):
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
-                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1000} | on_machine(config)
+                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | on_machine(config)
                 process(["train.py", *flags(options | extra)])
-                speeds = [float(row["tokens_per_s"]) for row in metrics(folder)]
+                speeds = [float(line["tokens_per_s"]) for line in metrics(folder)]
                 return statistics.harmonic_mean(speeds[1:])  # the first quarter holds the warm-up
 
         def theirs(options=options, steps=steps, tokens=tokens):
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"out_dir": folder, "compile": gpu, "eval_iters": 1, "log_interval": 1}
-                extra |= {"device": peer_device(config), "eval_interval": 10**6, "always_save_checkpoint": False}
+                extra |= peer_machine(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
                 _, out = process(["train.py", "config/train_shakespeare_char.py", *flags(options | extra)], config.peer)
                 times = [float(ms) for ms in re.findall(r"iter \d+: loss .*?, time ([\d.]+)ms", out)]
                 return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
@@ -64,10 +64,10 @@ def train(config):
     return [*lines, *(gpt2(config) if gpu else [])]
 
 
-def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=32, steps=80):
+def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=16, steps=100):
     """Training at GPT-2's shape on random tokens, ours alone: tokens a second, and the share of the peak that it is."""
     options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
-    options |= {"eval_interval": steps // 4, "log_interval": steps // 4, "dataset": "random"} | on_machine(config)
+    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | on_machine(config)
     with tempfile.TemporaryDirectory() as folder:
         # Every id once, so that the vocabulary is whole, then at random; all from a plane without surrogates.
         drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
@@ -78,7 +78,7 @@ def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=32, steps=80):
 
         def ours():
             process(["train.py", *flags(options)])
-            return statistics.harmonic_mean([float(row["tokens_per_s"]) for row in metrics(f"{folder}/run")][1:])
+            return float(metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half holds the compiling
 
         speeds, _ = in_turn(config.pairs, ours)
     machine = pick_machine(config)
@@ -87,12 +87,12 @@ def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=32, steps=80):
         with torch.device("meta"):
             flops = GPT(ModelConfig(**shape), ids).flops_per_token()
         shares = [speed * flops / machine.peak_flops for speed in speeds]
-        lines.append(row("MFU of that", "of the data sheet's bf16 peak", shares, [], more_is_better=True))
+        lines.append(row("MFU of that", "of the data sheet's half-precision peak", shares, [], more_is_better=True))
     return lines
 
 
 def loss(config):
-    """A recipe, the laptop's for the peer, from the command to its end, and the full-split loss that it reaches.
+    """A recipe, the laptop's for the peer, from the command to its end, and the best full-split loss that it reaches.
 
     On a GPU, the peer's is its own for Tiny Shakespeare, as shipped, compiling included. Each of our runs has a seed of
     its own, 1, 2, …; the peer's is always the same.
@@ -103,7 +103,7 @@ def loss(config):
         with tempfile.TemporaryDirectory() as folder:
             extra = {"out_dir": folder, "data_dir": config.data_dir, "seed": len(losses[0]) + 1} | on_machine(config)
             seconds, _ = process(["train.py", config.recipe, *flags(extra)])
-            losses[0].append(float(metrics(folder)[-1]["val_loss"]))
+            losses[0].append(min(float(line["val_loss"]) for line in metrics(folder)))
             return seconds
 
     def theirs():
@@ -111,26 +111,28 @@ def loss(config):
             # nanoGPT's README, "I only have a macbook".
             recipe = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
             recipe = {} if on_gpu(config) else recipe | {"compile": False}
-            extra = {"out_dir": folder, "device": peer_device(config)}
+            extra = {"out_dir": folder} | peer_machine(config)
             argv = ["train.py", "config/train_shakespeare_char.py", *flags(recipe | extra)]
             seconds, _ = process(argv, config.peer)
             evaluation = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
-            evaluation |= {"device": config.device}
+            evaluation |= on_machine(config)
             _, out = process(["train.py", *flags(evaluation), "--eval_only"])
             losses[1].append(float(re.search(r"val loss ([\d.]+)", out)[1]))
             return seconds
 
     figures = in_turn(config.pairs, ours, theirs if config.peer else None)
+    # nanoGPT's checkpoint is that of its best evaluation.
     lines = [row(f"{config.recipe}, whole process", "s", *figures, more_is_better=False)]
     print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
-    return [*lines, row("full-split val loss", "nats", *losses, more_is_better=False)]
+    return [*lines, row("best full-split val loss", "nats", *losses, more_is_better=False)]
 
 
-# The peer's model and optimizer on our first weights and our batches. Both repositories have a model.py.
+# The peer's model and optimizer on our first weights and our batches, in float32. Both repositories have a model.py.
 REPLAY = """
-import importlib.util, math, sys
+import importlib.util, sys
 sys.path[:0] = [{peer!r}, {root!r}]
 import torch
+from config._machine import pick_machine
 from config._schema import ModelConfig, TrainConfig
 from data.batches import Batches, derive_seed
 from data.token_files import open_dataset
@@ -140,7 +142,8 @@ spec = importlib.util.spec_from_file_location("ours", {root!r} + "/model.py")
 ours = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ours)
 config = TrainConfig(**{options!r})
-dataset, device = open_dataset(config.data_dir, config.dataset), torch.device({device!r})
+device = pick_machine(config).device
+dataset = open_dataset(config.data_dir, config.dataset)
 vocab, B = dataset.tokenizer.vocab_size, config.batch_size
 shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, block_size=config.block_size)
 torch.manual_seed(derive_seed("init", config.seed))
@@ -165,24 +168,23 @@ for step in range(config.max_iters):
 """
 
 
-def curve(config):
-    """Whether training is the peer's: from the same weights, on the same batches, the loss of each of 30 steps."""
+def curve(config, shape=BABY):
+    """Whether training is the peer's: from the same weights, on the same batches, the losses of 30 steps in float32."""
     if not config.peer:
         raise UserError("curve: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
-    shape = BABY | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
-    options = shape | {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 1}
-    options |= {"data_dir": config.data_dir}
+    options = shape | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
+    options |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 5}
+    options |= {"data_dir": config.data_dir, "device": config.device, "dtype": "float32", "compile": False}
     with tempfile.TemporaryDirectory() as folder:
-        extra = {"out_dir": folder, "eval_iters": 1} | on_machine(config)
-        process(["train.py", *flags(options | extra)])
-        ours = [float(row["train_loss"]) for row in metrics(folder)]
-    code = REPLAY.format(peer=config.peer, root=str(ROOT), options=options, device=peer_device(config))
-    _, out = process(["-c", code], config.peer)
-    theirs = [float(loss) for loss in re.findall(r"step \d+ ([\d.]+)", out)]
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    line = {"what": "loss at 10.7M, step by step", "unit": "nats", "n": 1, "ours": ours, "peer": theirs, "apart": apart}
-    print(f"{len(ours)} steps at 10.7M, from {ours[0]:.4f} to {ours[-1]:.4f}: at most {apart:.2g} from the peer's loss")
-    return [line]
+        process(["train.py", *flags(options), f"--out_dir={folder}", "--eval_iters=1"])
+        ours = [float(line["train_loss"]) for line in metrics(folder)]
+    _, out = process(["-c", REPLAY.format(peer=config.peer, root=str(ROOT), options=options)], config.peer)
+    steps = [float(figure) for figure in re.findall(r"step \d+ (\S+)", out)]
+    theirs = [statistics.mean(steps[i : i + 5]) for i in range(0, len(steps), 5)]
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{len(steps)} steps, loss {ours[0]:.4f} to {ours[-1]:.4f}: at most {difference:.2g} from the peer's")
+    what = "train loss at 10.7M, means of 5 steps"
+    return [{"what": what, "unit": "nats", "n": 1, "ours": ours, "peer": theirs, "max_abs_difference": difference}]
 
 
 GENERATE = """
@@ -195,7 +197,7 @@ context = contextlib.nullcontext()
 {build}
 idx = torch.zeros(({batch}, 1), dtype=torch.long, device=device)
 with torch.no_grad(), context:
-    model.generate(idx, 8, temperature=0.8, top_k=50)
+    model.generate(idx, 8, temperature=0.8, top_k=50).cpu()
     began = time.perf_counter()
     model.generate(idx, {tokens}, temperature=0.8, top_k=50).cpu()
 print({batch} * {tokens} / (time.perf_counter() - began))
@@ -213,20 +215,20 @@ class GPT:
     def __init__(self, n_layer, n_head, n_embd, block_size):
         shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size)
         config = GPT2Config(vocab_size={vocab}, bos_token_id=0, eos_token_id=None, **shape)
-        self.model = GPT2LMHeadModel(config).eval().to(device)
+        self.model = GPT2LMHeadModel(config).eval().to(device, torch.{dtype})
     def generate(self, idx, tokens, **options):
         out = self.model.generate(idx, max_new_tokens=tokens, do_sample=True, pad_token_id=0, **options)
         assert out.shape[1] == idx.shape[1] + tokens
         return out
 model = GPT(**{shape!r})
 """
-# As its sample.py does: on a GPU in bfloat16 by autocast, on a CPU in float32.
+# As its sample.py does: on a GPU in half precision by autocast, on a CPU in float32.
 THEIRS = """
 with contextlib.redirect_stdout(io.StringIO()):
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(vocab_size={vocab}, dropout=0.0, bias=False, **{shape!r})).eval().to(device)
 if device.type == "cuda":
-    context = torch.autocast("cuda", torch.bfloat16)
+    context = torch.autocast("cuda", torch.{dtype}, enabled={dtype!r} != "float32")
 """
 
 
@@ -236,7 +238,7 @@ def generate(config):
     Beside the peer, and beside transformers where it is installed, both of which draw one sample at a time.
     """
     lines = []
-    device = peer_device(config)
+    device, dtype = peer_machine(config).values()
     baby = {key: BABY[key] for key in GPT2}
     many = 64 if on_gpu(config) else 16
     for name, shape, vocab, batch, tokens in (
@@ -247,7 +249,7 @@ def generate(config):
 
         def measure(build, path, batch=batch, shape=shape, vocab=vocab, tokens=tokens):
             known = {"path": str(path), "device": device, "batch": batch, "tokens": tokens}
-            build = build.format(shape=shape, vocab=vocab, device=device, dtype=config.dtype)
+            build = build.format(shape=shape, vocab=vocab, device=device, dtype=dtype)
             return float(process(["-c", GENERATE.format(build=build, **known)], path)[1])
 
         def ours():
@@ -318,10 +320,8 @@ def on_gpu(config):
     return pick_machine(config).device.type == "cuda"
 
 
-def on_machine(config):
-    return {"device": config.device, "dtype": config.dtype}
-
-
-def peer_device(config):
-    """What `--device` stands for: the peer knows no `auto`."""
-    return ("cuda" if on_gpu(config) else "cpu") if config.device == "auto" else config.device
+def peer_machine(config):
+    """The device and dtype that ours has, for the peer, which knows no `auto` and on a CPU is in float32 always."""
+    machine = pick_machine(config)
+    device = machine.device.type if config.device == "auto" else config.device
+    return {"device": device, "dtype": str(machine.dtype).removeprefix("torch.")}

@@ -21,14 +21,14 @@ qk_norm = True
 
 batch_size = 24
 gradient_accumulation_steps = 1
-max_iters = 200
+max_iters = 210
 optimizer = "muon"
 learning_rate = 1e-2
-muon_learning_rate = 0.015
+muon_learning_rate = 0.02
 weight_decay = 0.0
 schedule = "linear"
 warmup_iters = 10
 min_lr = 2e-4
 
-eval_interval = 200
+eval_interval = 210
 log_interval = 20

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import xml.etree.ElementTree
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -129,31 +130,57 @@ def test_gpt2_s_share_of_the_peak_by_hand(monkeypatch):
     assert share["ours"] == pytest.approx(expected)
 
 
-@pytest.mark.slow
-def test_generation_is_measured_beside_a_peer(tmp_path, capsys):
-    """The peer: quill itself, behind nanoGPT's names. Its speed for one sample is then ours within a factor of 3."""
-    (tmp_path / "model.py").write_text(
+@pytest.fixture
+def peer(tmp_path):
+    """A stand-in for nanoGPT: quill's model behind nanoGPT's names, and another AdamW with the same settings."""
+    folder = tmp_path / "peer"
+    folder.mkdir()
+    (folder / "model.py").write_text(
         f"""
 import importlib.util, sys
-sys.path.insert(0, {str(measure.ROOT)!r})
+sys.path.append({str(measure.ROOT)!r})
 spec = importlib.util.spec_from_file_location("quill_model", {str(measure.ROOT / "model.py")!r})
 quill = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(quill)
+import torch
 from config._schema import ModelConfig
 def GPTConfig(vocab_size, **options):
     return ModelConfig(**options), vocab_size
 class GPT(quill.GPT):
     def __init__(self, config):
         super().__init__(*config)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        groups = [{{"params": [p for p in self.parameters() if (p.dim() > 1) == matrix]}} for matrix in (True, False)]
+        groups[1]["weight_decay"] = 0.0
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 """,
         encoding="utf-8",
     )
-    argv = ["generate", "--pairs=1", "--device=cpu", "--dtype=float32", f"--peer={tmp_path}", f"--out_dir={tmp_path}"]
+    return folder
+
+
+@pytest.mark.slow
+def test_generation_is_measured_beside_a_peer(peer, tmp_path, capsys):
+    """Of every sort of generation one pair, each a positive speed; transformers too, where it is installed."""
+    argv = ["generate", "--pairs=1", "--device=cpu", "--dtype=float32", f"--peer={peer}", f"--out_dir={tmp_path}"]
     bench.main(argv)
     lines = json.loads((tmp_path / "generate.json").read_text(encoding="utf-8"))["results"]
     assert [line["n"] for line in lines] == [1] * len(lines) and len(lines) >= 3
-    assert 1 / 3 < lines[0]["ratio"][0] < 3
-    assert "10.7M, one sample" in capsys.readouterr().out
+    assert all(line["ours"][0] > 0 and line["peer"][0] > 0 for line in lines)
+    assert capsys.readouterr().out.count("10.7M, one sample") == 1 + (find_spec("transformers") is not None)
+
+
+@pytest.mark.slow
+def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, monkeypatch, tmp_path):
+    """The replay in the peer's process: the same losses to float32's rounding; another learning rate, others."""
+    (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
+    config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
+    (line,) = peers.curve(config, shape)
+    assert len(line["ours"]) == 6 and line["max_abs_difference"] < 1e-6
+    slower = peers.REPLAY.replace("= learning_rate(step, config)", "= learning_rate(step, config) / 2")
+    monkeypatch.setattr(peers, "REPLAY", slower)
+    assert peers.curve(config, shape)[0]["max_abs_difference"] > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS.keys())
 def test_40_steps_are_20_and_20_more(flags, tmp_path, options, device):
     """Bit for bit on a CPU; on a GPU, whose sums have no fixed order, within 1e-3."""
-    options = options | {"device": device.type}
+    options = options | {"device": device.type, "compile": False}
     whole = flags(**options, out_dir=tmp_path / "whole")
     parts = flags(**options, out_dir=tmp_path / "parts")
     run(whole)
@@ -85,8 +85,9 @@ def test_40_steps_are_20_and_20_more(flags, tmp_path, options, device):
     run([*parts, "--init_from=resume"])
     if device.type == "cpu":
         assert_same_run(whole, parts)
-    torch.testing.assert_close(last(whole)["model"], last(parts)["model"], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(last(whole)["best_val_loss"], last(parts)["best_val_loss"], atol=1e-3, rtol=0)
+    else:
+        torch.testing.assert_close(last(whole)["model"], last(parts)["model"], atol=1e-3, rtol=1e-3)
+        assert last(whole)["best_val_loss"] == pytest.approx(last(parts)["best_val_loss"], abs=1e-3)
     assert last(whole)["step"] == 40 and [row[0] for row in rows(whole)] == ["step", "20", "40"]
 
 
