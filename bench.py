@@ -19,6 +19,8 @@ from pathlib import Path
 
 from benches import peers
 from benches.compare import compare
+from benches.curve import curve
+from benches.generation import generate
 from benches.ladder import ladder
 from benches.measure import hardware
 from config._cli import read_args, run
@@ -29,8 +31,8 @@ from config._schema import BenchConfig, TrainConfig
 ALONE = {
     "train": peers.train,
     "loss": peers.loss,
-    "curve": peers.curve,
-    "generate": peers.generate,
+    "curve": curve,
+    "generate": generate,
     "start": peers.start,
     "prepare": peers.prepare,
 }

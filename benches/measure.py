@@ -42,6 +42,17 @@ def on_machine(config):
     return {key: getattr(config, key) for key in ("device", "dtype") if getattr(config, key) != "auto"}
 
 
+def on_gpu(config):
+    return pick_machine(config).device.type == "cuda"
+
+
+def peer_machine(config):
+    """The device and dtype that ours has, for the peer, which knows no `auto` and on a CPU is in float32 always."""
+    machine = pick_machine(config)
+    device = machine.device.type if config.device == "auto" else config.device
+    return {"device": device, "dtype": str(machine.dtype).removeprefix("torch.")}
+
+
 def hardware(config):
     """→ the processor's name and the threads that torch would use, the GPU if that is used, and torch's version."""
     name = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Our speed beside a peer's, in turn: training, a recipe to its loss, generation, start-up, preparing text.
+"""Our speed beside a peer's, in turn: training, a recipe to its loss, start-up, preparing text.
 
 The peer is a checkout of nanoGPT, which stays outside. Without one, ours is measured alone.
 """
@@ -11,22 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benches.measure import ROOT, flags, in_turn, metrics, on_machine, process, row
+from benches.measure import ROOT, flags, in_turn, metrics, on_gpu, on_machine, peer_machine, process, row
+from benches.shapes import BABY, GPT2, GPT2_IDS, LAPTOP
 from config._errors import UserError
 from config._machine import pick_machine
 from config._schema import ModelConfig
 from model import GPT
-
-LAPTOP = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "dropout": 0.0}
-BABY = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "dropout": 0.2}
-GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
-GPT2_IDS = 50257
 
 
 def train(config):
@@ -127,149 +122,6 @@ def loss(config):
     return [*lines, row("best full-split val loss", "nats", *losses, more_is_better=False)]
 
 
-# The peer's model and optimizer on our first weights and our batches, in float32. Both repositories have a model.py.
-REPLAY = """
-import importlib.util, sys
-sys.path[:0] = [{peer!r}, {root!r}]
-import torch
-from config._machine import pick_machine
-from config._schema import ModelConfig, TrainConfig
-from data.batches import Batches, derive_seed
-from data.token_files import open_dataset
-from model import GPT, GPTConfig
-from optimizer import learning_rate
-spec = importlib.util.spec_from_file_location("ours", {root!r} + "/model.py")
-ours = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ours)
-config = TrainConfig(**{options!r})
-device = pick_machine(config).device
-dataset = open_dataset(config.data_dir, config.dataset)
-vocab, B = dataset.tokenizer.vocab_size, config.batch_size
-shape = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, block_size=config.block_size)
-torch.manual_seed(derive_seed("init", config.seed))
-start = ours.GPT(ModelConfig(**shape), vocab)
-model = GPT(GPTConfig(vocab_size=vocab, dropout=0.0, bias=False, **shape))
-model.load_state_dict(start.state_dict())
-model.to(device)
-optimizer = model.configure_optimizers(
-    config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type
-)
-batches = Batches(dataset.train, None, config.block_size, rows=B, micro_rows=B, seed=config.seed, device=device)
-for step in range(config.max_iters):
-    (x, y, _), = batches.step(step)[1]
-    loss = model(x, y)[1]
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.step()
-    optimizer.zero_grad()
-    print("step", step, loss.item())
-"""
-
-
-def curve(config, shape=BABY):
-    """Whether training is the peer's: from the same weights, on the same batches, the losses of 30 steps in float32."""
-    if not config.peer:
-        raise UserError("curve: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
-    options = shape | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
-    options |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 5}
-    options |= {"data_dir": config.data_dir, "device": config.device, "dtype": "float32", "compile": False}
-    with tempfile.TemporaryDirectory() as folder:
-        process(["train.py", *flags(options), f"--out_dir={folder}", "--eval_iters=1"])
-        ours = [float(line["train_loss"]) for line in metrics(folder)]
-    _, out = process(["-c", REPLAY.format(peer=config.peer, root=str(ROOT), options=options)], config.peer)
-    steps = [float(figure) for figure in re.findall(r"step \d+ (\S+)", out)]
-    theirs = [statistics.mean(steps[i : i + 5]) for i in range(0, len(steps), 5)]
-    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    print(f"{len(steps)} steps, loss {ours[0]:.4f} to {ours[-1]:.4f}: at most {difference:.2g} from the peer's")
-    what = "train loss at 10.7M, means of 5 steps"
-    return [{"what": what, "unit": "nats", "n": 1, "ours": ours, "peer": theirs, "max_abs_difference": difference}]
-
-
-GENERATE = """
-import contextlib, io, sys, time
-sys.path.insert(0, {path!r})
-import torch
-torch.manual_seed(0)
-device = torch.device({device!r})
-context = contextlib.nullcontext()
-{build}
-idx = torch.zeros(({batch}, 1), dtype=torch.long, device=device)
-with torch.no_grad(), context:
-    model.generate(idx, 8, temperature=0.8, top_k=50).cpu()
-    began = time.perf_counter()
-    model.generate(idx, {tokens}, temperature=0.8, top_k=50).cpu()
-print({batch} * {tokens} / (time.perf_counter() - began))
-"""
-OURS = """
-from config._schema import ModelConfig, SampleConfig
-from config._machine import pick_machine
-from model import GPT
-machine = pick_machine(SampleConfig(device={device!r}, dtype={dtype!r}))
-model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(device, machine.dtype)
-"""
-TRANSFORMERS = """
-from transformers import GPT2Config, GPT2LMHeadModel
-class GPT:
-    def __init__(self, n_layer, n_head, n_embd, block_size):
-        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size)
-        config = GPT2Config(vocab_size={vocab}, bos_token_id=0, eos_token_id=None, **shape)
-        self.model = GPT2LMHeadModel(config).eval()
-        self.model.to(device, torch.{dtype} if device.type == "cuda" else torch.float32)
-    def generate(self, idx, tokens, **options):
-        out = self.model.generate(idx, max_new_tokens=tokens, do_sample=True, pad_token_id=0, **options)
-        assert out.shape[1] == idx.shape[1] + tokens
-        return out
-model = GPT(**{shape!r})
-"""
-# As its sample.py does: on a GPU in half precision by autocast, on a CPU in float32, where transformers is faster too.
-THEIRS = """
-with contextlib.redirect_stdout(io.StringIO()):
-    from model import GPT, GPTConfig
-    model = GPT(GPTConfig(vocab_size={vocab}, dropout=0.0, bias=False, **{shape!r})).eval().to(device)
-if device.type == "cuda":
-    context = torch.autocast("cuda", torch.{dtype}, enabled={dtype!r} != "float32")
-"""
-
-
-def generate(config):
-    """Tokens a second of `generate` within the block, random weights, temperature 0.8, top-k 50.
-
-    Beside the peer, and beside transformers where it is installed, both of which draw one sample at a time.
-    """
-    lines = []
-    device, dtype = peer_machine(config).values()
-    baby = {key: BABY[key] for key in GPT2}
-    many = 64 if on_gpu(config) else 16
-    for name, shape, vocab, batch, tokens in (
-        ("10.7M, one sample", baby, 65, 1, 250),
-        (f"10.7M, {many} samples", baby, 65, many, 250),
-        ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
-    ):
-
-        def measure(build, path, batch=batch, shape=shape, vocab=vocab, tokens=tokens):
-            known = {"path": str(path), "device": device, "batch": batch, "tokens": tokens}
-            build = build.format(shape=shape, vocab=vocab, device=device, dtype=dtype)
-            return float(process(["-c", GENERATE.format(build=build, **known)], path)[1])
-
-        def ours():
-            return measure(OURS, ROOT)
-
-        def theirs(shape=shape, vocab=vocab, tokens=tokens):
-            return measure(THEIRS, config.peer, batch=1, shape=shape, vocab=vocab, tokens=tokens)
-
-        def transformers():
-            return measure(TRANSFORMERS, ROOT)
-
-        figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-        lines.append(row(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
-        if config.peer and batch == 1 and find_spec("transformers"):
-            figures = in_turn(config.pairs, ours, transformers)
-            lines.append(row(f"generation, {name}, beside transformers", "tokens/s", *figures, more_is_better=True))
-    return lines
-
-
 def start(config):
     """From the command to the end of the first step, on prepared data, less the time of `import torch` alone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -315,14 +167,3 @@ def prepare(config):
 
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)
     return [row(f"prepare {size:.0f} MB, char", "s", *figures, more_is_better=False)]
-
-
-def on_gpu(config):
-    return pick_machine(config).device.type == "cuda"
-
-
-def peer_machine(config):
-    """The device and dtype that ours has, for the peer, which knows no `auto` and on a CPU is in float32 always."""
-    machine = pick_machine(config)
-    device = machine.device.type if config.device == "auto" else config.device
-    return {"device": device, "dtype": str(machine.dtype).removeprefix("torch.")}
