@@ -26,6 +26,7 @@ from benches.measure import hardware
 from config._cli import read_args, run
 from config._errors import UserError
 from config._files import replacing
+from config._machine import pick_machine
 from config._schema import BenchConfig, TrainConfig
 
 ALONE = {
@@ -53,8 +54,12 @@ def main(argv):
     folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
     config = replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
     paths = [str(Path(path).resolve()) if Path(path).is_file() else path for path in paths]
-    if config.peer and not (Path(config.peer) / "model.py").is_file():
-        raise UserError(f"--peer={config.peer}: there is no model.py; give the folder of a nanoGPT checkout")
+    needed = (Path(config.peer) / "model.py", Path(config.peer) / "train.py")
+    if config.peer and (missing := [path.name for path in needed if not path.is_file()]):
+        raise UserError(f"--peer={config.peer}: there is no {missing[0]}; give the folder of a nanoGPT checkout")
+    if name == "curve" and (given.keys() & {"pairs", "dtype"}):
+        raise UserError("curve is one run of each, in float32: it takes no --pairs and no --dtype")
+    pick_machine(config)  # a device or dtype that is not there shows before the first run
     if name == "compare" and len(paths) != 2:
         raise UserError("compare takes two config files, as in bench.py compare config/a.py config/b.py")
     if name in ALONE and paths:

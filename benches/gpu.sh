@@ -7,7 +7,7 @@
 #   benches/gpu.sh curve ../nanoGPT          the same weights and batches through both, loss by loss
 #   benches/gpu.sh generate ../nanoGPT       tokens/s of generation
 #
-# Without a checkout of nanoGPT, ours is measured alone. In the environment: QUILL_CORPORA, the folder of
+# Without a checkout of nanoGPT, ours is measured alone, but for curve, which needs one. In the environment: QUILL_CORPORA, the folder of
 # tinyshakespeare.txt; DEVICE (cuda), OUT (out/bench), PYTHON (python). nanoGPT's prepare.py needs the package requests.
 set -euo pipefail
 
@@ -15,14 +15,23 @@ part=${1:-} peer=${2:-} device=${DEVICE:-cuda} python=${PYTHON:-python}
 out=$(realpath -m "${OUT:-out/bench}")
 options=("--device=$device" "--data_dir=$out/data" "--out_dir=$out")
 if [ -n "$peer" ]; then
-  peer=$(realpath "$peer")
+  peer=$(realpath -m "$peer")
   options+=("--peer=$peer")
 fi
+corpora=${QUILL_CORPORA:+$(realpath -m "$QUILL_CORPORA")}
 here=$(realpath "$0")
 cd "$(dirname "$here")/.."
 
+fail() {
+  echo "gpu.sh: $1" >&2
+  exit 2
+}
+
 prepare() { # ours, and the peer's beside its own script
-  local text=${QUILL_CORPORA:?is not set: the folder of tinyshakespeare.txt}/tinyshakespeare.txt
+  local text=$corpora/tinyshakespeare.txt
+  [ -f "$text" ] || fail "QUILL_CORPORA must be the folder of tinyshakespeare.txt"
+  [ -z "$peer" ] || [ -f "$peer/train.py" ] || fail "$peer: there is no train.py; give a checkout of nanoGPT"
+  [ -n "$peer" ] || [ "$part" != curve ] || fail "curve needs a checkout of nanoGPT, as in gpu.sh curve ../nanoGPT"
   "$python" prepare.py shakespeare_char "--input=$text" "--data_dir=$out/data"
   if [ -n "$peer" ] && [ ! -f "$peer/data/shakespeare_char/train.bin" ]; then
     cp "$text" "$peer/data/shakespeare_char/input.txt"
@@ -34,9 +43,13 @@ case $part in
   tests)
     "$python" -m pytest -q
     ;;
-  train | curve)
+  train)
     prepare
-    "$python" bench.py "$part" "${options[@]}" --pairs=3
+    "$python" bench.py train "${options[@]}" --pairs=3
+    ;;
+  curve)
+    prepare
+    "$python" bench.py curve "${options[@]}"
     ;;
   stock)
     prepare

@@ -1,7 +1,6 @@
 """Running a command to its end, timing it, and showing what came out: what every bench needs."""
 
 import csv
-import os
 import platform
 import re
 import statistics
@@ -29,7 +28,8 @@ def process(argv, cwd=ROOT):
     seconds = time.perf_counter() - began
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{' '.join(map(str, argv))} in {cwd} failed: {reason}")
+        name = "a program" if argv[0] == "-c" else argv[0]
+        raise UserError(f"{name} in {cwd} failed: {reason}")
     return seconds, done.stdout
 
 
@@ -59,9 +59,10 @@ def hardware(config):
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         name = names[0] if names else name
-    name = f"{name}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
     machine = pick_machine(config)
-    return f"{name if machine.device.type == 'cpu' else machine.name}, torch {torch.__version__}"
+    if machine.device.type == "cpu":
+        return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
+    return f"{machine.name}, torch {torch.__version__}"
 
 
 def in_turn(pairs, ours, peer=None):

@@ -210,7 +210,7 @@ def help_text(schema, doc):
         for f in own:
             kind = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is typing.Literal else ()
             choices = f" ({' | '.join(str(c) for c in kind)})" if kind else ""
-            lines.append(f"  --{f.name + '=' + describe_default(schema, f.name):32} {f.metadata['help']}{choices}")
+            lines.append(f"  --{f.name + '=' + describe_default(schema, f.name):31}  {f.metadata['help']}{choices}")
         if own:
             lines.append("")
     return "\n".join(lines).rstrip()

@@ -2,9 +2,9 @@
 
     python train.py config/speedrun_cpu.py
 
-Muon for the blocks' matrices, RoPE, RMSNorm on everything, ReLU². 24 s on two CPU cores without bf16, to a validation
-loss of 1.884 (mean of 5 seeds), where nanoGPT's laptop recipe takes 140 s to 1.898; with bf16 an earlier version took
-10 s to 1.896, and nanoGPT 9 times as long (docs/records.md).
+Muon for the blocks' matrices, RoPE, QK-norm, RMSNorm, ReLU². 24 s on two CPU cores without bf16, to a validation loss
+of 1.884 (mean of 5 seeds), where nanoGPT's laptop recipe takes 140 s to 1.898; with bf16 an earlier version took 10 s
+to 1.896, and nanoGPT 9.9 times as long (docs/records.md).
 """
 
 out_dir = "out/speedrun_cpu"

@@ -135,6 +135,7 @@ def peer(tmp_path):
     """A stand-in for nanoGPT: quill's model behind nanoGPT's names, and another AdamW with the same settings."""
     folder = tmp_path / "peer"
     folder.mkdir()
+    (folder / "train.py").touch()
     (folder / "model.py").write_text(
         f"""
 import importlib.util, sys
@@ -194,6 +195,9 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, monkeypatch
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: bench.py train takes options only"),
         (["curve"], "curve: give a checkout of nanoGPT"),
+        (["curve", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
+        (["train", "--peer=config"], "config: there is no model.py"),
+        (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
         (["start", "--pairs=0"], "--pairs=0"),
         (["compare", "config/names.py", "config/gpt2.py"], "losses on names and openwebtext can't be compared"),
         (["compare", "config/names.py", "config/names32k.py", "--seeds=1"], "two seeds or more"),
