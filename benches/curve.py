@@ -38,7 +38,7 @@ optimizer = model.configure_optimizers(
 batches = Batches(dataset.train, None, config.block_size, rows=B, micro_rows=B, seed=config.seed, device=device)
 for step in range(config.max_iters):
     (x, y, _), = batches.step(step)[1]
-    loss = model(x, y)[1]
+    loss = model(x.contiguous(), y.contiguous())[1]  # the peer's model takes views of them
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     for group in optimizer.param_groups:

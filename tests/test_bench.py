@@ -150,6 +150,8 @@ def GPTConfig(vocab_size, **options):
 class GPT(quill.GPT):
     def __init__(self, config):
         super().__init__(*config)
+    def forward(self, idx, targets=None):
+        return super().forward(idx, None if targets is None else targets.view(-1).view(targets.shape))
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         groups = [{{"params": [p for p in self.parameters() if (p.dim() > 1) == matrix]}} for matrix in (True, False)]
         groups[1]["weight_decay"] = 0.0
