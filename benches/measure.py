@@ -28,8 +28,8 @@ def process(argv, cwd=ROOT):
     seconds = time.perf_counter() - began
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        name = "a program" if argv[0] == "-c" else argv[0]
-        raise UserError(f"{name} in {cwd} failed: {reason}")
+        words = ["a program"] if argv[0] == "-c" else [str(word) for word in argv if not str(word).startswith("--")]
+        raise UserError(f"{' '.join(words)} in {cwd} failed: {reason}")
     return seconds, done.stdout
 
 
@@ -43,6 +43,7 @@ def on_machine(config):
 
 
 def on_gpu(config):
+    """Whether the bench's device is CUDA."""
     return pick_machine(config).device.type == "cuda"
 
 
