@@ -1,6 +1,6 @@
 """GPT: the decoder-only transformer of GPT-2, its cache of keys and values, and generation. Read it top to bottom.
 
-    logits, loss = GPT(config, vocab_size)(idx, targets)    # config: config/_schema.py's ModelConfig
+    logits, loss = GPT(config, vocab_size)(idx, targets)    # config: quill/options.py's ModelConfig
 
 Parameters carry GPT-2's names and shapes, so that weights map by name. Optimizer, files and options live elsewhere.
 

@@ -11,10 +11,10 @@ A known corpus is taken from --input, the folder $QUILL_CORPORA or an earlier do
 import re
 from pathlib import Path
 
-from config._cli import did_you_mean, read_args, run
-from config._errors import UserError
-from config._schema import PrepareConfig
-from data.corpora import CORPORA
+from quill.cli import did_you_mean, read_args, run
+from quill.data.corpora import CORPORA
+from quill.errors import UserError
+from quill.options import PrepareConfig
 
 USAGE = f"python prepare.py {' | '.join(CORPORA)}, or python prepare.py --input=my.txt --dataset=mine"
 UNITS = {"char": "characters", "byte": "bytes"}
@@ -68,7 +68,7 @@ def check_own_text(config):
 
 def main(argv):
     config, corpus = read_options(argv)
-    from data.token_files import prepare, prepare_corpus  # numpy, which --help and the errors above do without
+    from quill.data.token_files import prepare, prepare_corpus  # numpy, which --help and the errors above do without
 
     if corpus:
         folder, meta = Path(config.data_dir) / corpus.name, prepare_corpus(corpus, config.data_dir, config.input)

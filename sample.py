@@ -6,7 +6,7 @@ python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt --max_ne
 python sample.py --out_dir=out/names --score=anna
 
 --score shows, for each token of a text, what the model expected and what the token's loss is; then the total. Documents
-are scored line by line, with their ends; the first character of a stream as what follows a newline (see score.py).
+are scored line by line, with their ends; the first character of a stream as what follows a newline (quill/scoring.py).
 """
 
 import sys
@@ -14,15 +14,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import score
-from config._cli import read_args, run
-from config._errors import UserError
-from config._machine import memory_limits, pick_machine
-from config._schema import SampleConfig
-from data.batches import derive_seed
-from data.token_files import open_dataset
-from data.tokenizers import from_json
+from quill import checkpoint, scoring
+from quill.cli import read_args, run
+from quill.data.batches import derive_seed
+from quill.data.token_files import open_dataset
+from quill.data.tokenizers import from_json
+from quill.errors import UserError
+from quill.machine import memory_limits, pick_machine
+from quill.options import SampleConfig
 
 DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that a score does not have
 COLDEST = 1e-6  # temperature of a score: below it, logits / temperature may be too large for float32
@@ -130,27 +129,27 @@ def write(text):
 
 
 def main(argv):
-    config, scoring = read_options(argv)
+    config, scores = read_options(argv)
     path = find_checkpoint(config)
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
-    key = "score" if scoring else "start"
+    key = "score" if scores else "start"
     text, given = read_text(key, getattr(config, key)), as_given(key, getattr(config, key))
-    if scoring and not score.documents(text, tokenizer):
+    if scores and not scoring.documents(text, tokenizer):
         raise UserError(f"{given}: there is no text to score")
     try:
-        ids, characters = score.encode(text, tokenizer) if scoring else (tokenizer.encode(text), len(text))
+        ids, characters = scoring.encode(text, tokenizer) if scores else (tokenizer.encode(text), len(text))
     except UserError as error:
         raise UserError(f"{given}: {error}; {path} knows the characters of its training text") from None
     machine = pick_machine(config)
     with memory_limits(machine):
         # The weights themselves in half precision: reading them is most of the work of drawing a token.
         model = checkpoint.load_model(state, path).to(machine.device, machine.dtype)
-        if not scoring:
+        if not scores:
             sample(model, tokenizer, text, config, machine, write)
             return
-        rows = score.score(model, tokenizer, ids, config.temperature, machine.device)
-        lines = [score.to_json(rows, characters)] if config.json else score.table(rows, tokenizer, characters)
+        rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)
+        lines = [scoring.to_json(rows, characters)] if config.json else scoring.table(rows, tokenizer, characters)
         for line in lines:
             print(line)
 

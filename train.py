@@ -19,17 +19,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
-from board import open_board
-from config._cli import list_configs, note, read_args, read_config_file, run
-from config._errors import UserError
-from config._machine import Ranks, StopSignals, memory_limits, pick_machine
-from config._schema import TrainConfig
-from data.batches import Batches, derive_seed
-from data.token_files import ensure, open_dataset
 from model import GPT
-from optimizer import learning_rate, make_optimizers
-from report import Reporter, describe, draw_samples, perplexity
+from quill import checkpoint
+from quill.cli import list_configs, note, read_args, read_config_file, run
+from quill.data.batches import Batches, derive_seed
+from quill.data.token_files import ensure, open_dataset
+from quill.errors import UserError
+from quill.machine import Ranks, StopSignals, memory_limits, pick_machine
+from quill.observers.console import Reporter, describe, draw_samples, perplexity
+from quill.observers.tensorboard import open_board
+from quill.optimizer import learning_rate, make_optimizers
+from quill.options import TrainConfig
 
 
 @dataclass

@@ -3,7 +3,7 @@
     python train.py config/microgpt.py
 
 Four seconds on one core, to a mean loss of 2.30 to 2.37 over the last 100 steps and a validation loss of 2.38 (five
-seeds, docs/records.md); with --batch_size=32 --max_iters=10000, 35 s and 2.126. tests/scalar_gpt.py is the same model
+seeds, docs/records.md); with --batch_size=32 --max_iters=10000, 35 s and 2.126. docs/scalar_gpt.py is the same model
 in plain Python, number by number.
 """
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from data import token_files
+from quill.data import token_files
 
 TINY = {
     "dataset": "prose",

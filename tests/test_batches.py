@@ -1,4 +1,4 @@
-"""data/batches.py: every row once an epoch, the same global batch at every world size, exact validation."""
+"""quill/data/batches.py: every row once an epoch, the same global batch at every world size, exact validation."""
 
 from collections import Counter
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import batches as module
-from data.batches import Batches, derive_seed
+from quill.data import batches as module
+from quill.data.batches import Batches, derive_seed
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""bench.py: the statistics by hand, a comparison from end to end, and its mistakes."""
+"""python -m bench: the statistics by hand, a comparison from end to end, and its mistakes."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import bench
-from benches import curve, measure, peers
-from benches.compare import paired, verdict
-from benches.ladder import draw
-from config._cli import read_config_file
-from config._errors import UserError
-from config._schema import BenchConfig, TrainConfig
+from bench import __main__ as bench
+from bench import curve, measure, peers
+from bench.compare import paired, verdict
+from bench.ladder import draw
+from quill.cli import read_config_file
+from quill.errors import UserError
+from quill.options import BenchConfig, TrainConfig
 
 
 def test_paired_interval_by_hand():
@@ -55,7 +55,7 @@ def test_compare_trains_both_resumes_and_tells_them_apart(flags, tmp_path, capsy
     assert (tmp_path / "bench" / "compare" / "fast-1" / "last.pt").stat().st_mtime_ns == before
 
 
-RUNGS = sorted((Path(bench.__file__).parent / "config" / "ladder").glob("*.py"))
+RUNGS = sorted((measure.ROOT / "config" / "ladder").glob("*.py"))
 INGREDIENTS = [
     {"position"},
     {"n_layer"},
@@ -120,7 +120,7 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, tmp_
 
 def test_gpt2_s_share_of_the_peak_by_hand(monkeypatch):
     """On a tiny shape and 300 ids, and a CPU said to do 10⁹ FLOP/s: 6 for each weight that multiplies, 12 L C T."""
-    monkeypatch.setattr("config._machine.PEAK_FLOPS", {"cpu": 1e9})
+    monkeypatch.setattr("quill.machine.PEAK_FLOPS", {"cpu": 1e9})
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
     config = BenchConfig(pairs=1, device="cpu", dtype="bfloat16")
     speed, share = peers.gpt2(config, shape, ids=300, batch_size=2, steps=8)
@@ -144,7 +144,7 @@ spec = importlib.util.spec_from_file_location("quill_model", {str(measure.ROOT /
 quill = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(quill)
 import torch
-from config._schema import ModelConfig
+from quill.options import ModelConfig
 def GPTConfig(vocab_size, **options):
     return ModelConfig(**options), vocab_size
 class GPT(quill.GPT):
@@ -192,10 +192,10 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, monkeypatch
         ([], "give one of train, loss, curve, generate, start, prepare, ladder, compare"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
-        (["train", "--n_layer=3"], "--n_layer=3: not an option of bench.py train"),
+        (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
-        (["train", "config/names.py"], "config/names.py: bench.py train takes options only"),
+        (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
         (["curve"], "curve: give a checkout of nanoGPT"),
         (["curve", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
@@ -203,7 +203,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, monkeypatch
         (["start", "--pairs=0"], "--pairs=0"),
         (["compare", "config/names.py", "config/gpt2.py"], "losses on names and openwebtext can't be compared"),
         (["compare", "config/names.py", "config/names32k.py", "--seeds=1"], "two seeds or more"),
-        (["compare", "config/names.py", "config/names32k.py", "--seed=7"], "--seed: not with bench.py compare"),
+        (["compare", "config/names.py", "config/names32k.py", "--seed=7"], "--seed: not with python -m bench compare"),
         (["ladder", "config/ladder/typo.py"], "typo.py: no such config file"),
     ],
 )

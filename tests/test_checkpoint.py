@@ -7,11 +7,10 @@ import zipfile
 import pytest
 import torch
 
-import checkpoint
-from config import _files
-from config._errors import UserError
-from config._schema import ModelConfig
 from model import GPT
+from quill import checkpoint, files
+from quill.errors import UserError
+from quill.options import ModelConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": False, "dropout": 0.0}
 
@@ -136,7 +135,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(path, monkeypatch, full_at):
             return self.file.write(data)
 
     real_open = open
-    monkeypatch.setattr(_files, "open", FullDisk, raising=False)
+    monkeypatch.setattr(files, "open", FullDisk, raising=False)
     with pytest.raises(UserError, match="last.pt: No space left on device; what .*last.pt held is kept"):
         checkpoint.save(path, state(seed=1))
     assert path.read_bytes() == before and os.listdir(path.parent) == ["last.pt"]

@@ -5,10 +5,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from config._errors import UserError
-from config._files import replacing
-from data import corpora
-from data.corpora import CORPORA, Corpus, locate
+from quill.data import corpora
+from quill.data.corpora import CORPORA, Corpus, locate
+from quill.errors import UserError
+from quill.files import replacing
 
 TEXT = b"It was the best of times, it was the worst of times.\n" * 50_000  # several chunks
 

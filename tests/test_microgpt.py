@@ -13,13 +13,13 @@ import torch
 from scalar_gpt import Value, dot
 
 import train
-from config._cli import read_config_file
-from config._machine import Machine
-from config._schema import TrainConfig
-from data.batches import Batches
-from data.tokenizers import CharTokenizer
 from model import GPT
-from optimizer import learning_rate, make_optimizers
+from quill.cli import read_config_file
+from quill.data.batches import Batches
+from quill.data.tokenizers import CharTokenizer
+from quill.machine import Machine
+from quill.optimizer import learning_rate, make_optimizers
+from quill.options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIG = TrainConfig(**read_config_file(ROOT / "config" / "microgpt.py", TrainConfig))

@@ -7,8 +7,8 @@ import numpy_gpt
 import pytest
 import torch
 
-from config._schema import ModelConfig
 from model import GPT, Dropout, Linear, sample_token
+from quill.options import ModelConfig
 
 V = 11
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import checkpoint
-from config._schema import TrainConfig
 from model import GPT
-from optimizer import BatchedMuon, learning_rate, make_optimizers, orthogonalize
+from quill import checkpoint
+from quill.optimizer import BatchedMuon, learning_rate, make_optimizers, orthogonalize
+from quill.options import TrainConfig
 
 
 def test_schedules_by_formula():
@@ -72,7 +72,7 @@ def test_muon_is_torchs(monkeypatch):
         matrices = matrices.bfloat16()
         return newton_schulz(matrices, torch.linalg.matrix_norm(matrices), 5).float()
 
-    monkeypatch.setattr("optimizer.orthogonalize", as_torch_does)
+    monkeypatch.setattr("quill.optimizer.orthogonalize", as_torch_does)
     shapes = [(8, 24), (8, 24), (24, 8), (8, 8), (32, 8)]
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in shapes]

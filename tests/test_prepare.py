@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import prepare as script
-from config._errors import UserError
-from data import corpora, token_files
-from data.token_files import ensure, open_dataset, prepare
+from quill.data import corpora, token_files
+from quill.data.token_files import ensure, open_dataset, prepare
+from quill.errors import UserError
 
 REPO = Path(script.__file__).parent
 FILES = ["meta.json", "train.bin", "val.bin"]

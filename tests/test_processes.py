@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import train
-from config._cli import config_files
+from quill import checkpoint
+from quill.cli import config_files
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -80,8 +80,8 @@ def test_an_error_on_one_rank_ends_all_with_its_line(flags, tmp_path):
     """Rank 1 alone can't read the data; rank 0 would wait for it for ever."""
     script = tmp_path / "broken.py"
     script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom config._cli import run\n"
-        "from config._errors import UserError\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom quill.cli import run\n"
+        "from quill.errors import UserError\n"
         "def broken(*args):\n    raise UserError('rank 1 has no disk')\n"
         "if os.environ['RANK'] == '1':\n    train.open_dataset = broken\n"
         "run(train.main)\n",
@@ -136,7 +136,7 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
     # One process for all of them, through the same door as the command line.
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
-        "import train\nfrom config._cli import run\n"
+        "import train\nfrom quill.cli import run\n"
         "for argv in eval(sys.stdin.read()):\n"
         "    sys.argv[1:] = argv\n"
         "    try: run(train.main)\n"
@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit
     """A file-size limit stands in for the disk: the second save fails in the middle, or the second row before it."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
-        "import resource, signal, checkpoint, train\nfrom config._cli import run\n"
+        "import resource, signal, train\nfrom quill.cli import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "step = train.train_step\n"
         "def tight(*args):\n"
@@ -177,7 +177,7 @@ def test_a_closed_pipe_is_silent(flags, tmp_path):
     assert len(done.stdout) == 5 and done.stderr == b""
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "prepare", "model", "checkpoint"])
+@pytest.mark.parametrize("module", ["train", "sample", "prepare", "model", "quill.checkpoint"])
 def test_importing_does_nothing(module, tmp_path):
     code = (
         f"import sys, os, random, signal; sys.path.insert(0, {str(ROOT)!r})\n"

@@ -14,8 +14,8 @@ import pytest
 import prepare
 import sample
 import train
-from config._cli import config_files, read_config_file
-from config._schema import TrainConfig
+from quill.cli import config_files, read_config_file
+from quill.options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1"]  # later flags win

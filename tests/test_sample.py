@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import checkpoint
 import sample
 import train
-from config._errors import UserError
+from quill import checkpoint
+from quill.errors import UserError
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import random
 import numpy as np
 import pytest
 
-from config._errors import UserError
-from data.tokenizers import ByteTokenizer, CharTokenizer, from_json
+from quill.data.tokenizers import ByteTokenizer, CharTokenizer, from_json
+from quill.errors import UserError
 
 TEXTS = ["hello\nworld\n", "naïve Straße 日本語 🙂\u2028\x00\x7f", "a\u0301\ufeff\U0010ffff", "", "x" * 1000]
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import train
-from config._errors import UserError
-from config._machine import pick_machine
-from config._schema import TrainConfig
 from model import GPT
-from optimizer import make_optimizers
+from quill import checkpoint
+from quill.errors import UserError
+from quill.machine import pick_machine
+from quill.optimizer import make_optimizers
+from quill.options import TrainConfig
 
 
 def run(flags):
@@ -200,7 +200,7 @@ def test_another_run_is_not_overwritten(flags):
 
 
 def test_a_folder_in_use_is_refused(flags):
-    code = "import sys; from pathlib import Path; from config._files import lock_folder\n"
+    code = "import sys; from pathlib import Path; from quill.files import lock_folder\n"
     code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", code, str(out_dir(flags()))]
     with subprocess.Popen(argv, cwd=train.__file__.rpartition("/")[0], stdin=-1, stdout=-1, text=True) as other:

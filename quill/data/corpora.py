@@ -1,6 +1,6 @@
 """The known corpora: what each is, where it comes from, and a verified copy of it on this machine.
 
-Turning a text into tokens is left to data/token_files.py.
+Turning a text into tokens is left to quill/data/token_files.py.
 """
 
 import hashlib
@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from config._errors import UserError
-from config._files import replacing
+from quill.errors import UserError
+from quill.files import replacing
 
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 30  # seconds without a byte after which a download is given up
@@ -61,7 +61,7 @@ def locate(corpus, input="", data_dir="data"):
     if not corpus.url:
         if input:
             raise UserError(f"--input={input}: {corpus.name} is embedded; for another text give --dataset=<a new name>")
-        return Path(__file__).parent / corpus.file
+        return Path(__file__).parent.parent.parent / "data" / corpus.file
     if input:
         return verify(Path(input), corpus, "give another --input, or none to have it downloaded")
     if folder := os.environ.get("QUILL_CORPORA"):

@@ -1,6 +1,6 @@
 """config/microgpt.py once more, in plain Python: a GPT, the gradients of its loss, and its training, number by number.
 
-    python tests/scalar_gpt.py [FILE]       # a document a line; data/names.txt if none is given. A minute
+    python docs/scalar_gpt.py [FILE]       # a document a line; data/names.txt if none is given. A minute
 
 Shapes are those of nested lists: T tokens, C = N_EMBD, D = C / N_HEAD, V = vocabulary size.
 References: GPT-2 (Radford et al. 2019), RMSNorm (Zhang & Sennrich 2019), Adam (Kingma & Ba 2015).

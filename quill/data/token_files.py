@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config._cli import did_you_mean
-from config._errors import UserError
-from config._files import replacing
-from data.corpora import CORPORA, locate
-from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, code_points, from_json
+from quill.cli import did_you_mean
+from quill.data.corpora import CORPORA, locate
+from quill.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, code_points, from_json
+from quill.errors import UserError
+from quill.files import replacing
 
 FORMAT = 1
 CHUNK = 2**20  # bytes of text held at a time: a text of any length is read in little memory

@@ -1,4 +1,4 @@
-"""board.py: what is written is what happened, training doesn't notice, and TensorBoard shows it in a browser."""
+"""tensorboard.py: what is written is what happened, training doesn't notice, and TensorBoard shows it in a browser."""
 
 import csv
 import io
@@ -22,12 +22,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-import checkpoint
 import train
-from board import as_code, attention_maps, signed_colors
-from config._errors import UserError
-from config._schema import ModelConfig
 from model import GPT
+from quill import checkpoint
+from quill.errors import UserError
+from quill.observers.tensorboard import as_code, attention_maps, signed_colors
+from quill.options import ModelConfig
 
 SCALARS = {"loss/train", "loss/val", "optimizer/lr", "optimizer/gradient_norm", "performance/tokens_per_s"}
 EVERYTHING = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}  # 0 keeps all

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from quill import checkpoint
 
 ROOT = Path(__file__).parent.parent
 

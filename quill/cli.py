@@ -16,15 +16,16 @@ import typing
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from config._errors import UserError
-from config._schema import RETIRED, Checked
+from quill.errors import UserError
+from quill.options import RETIRED, Checked
 
-CONFIG_DIR = Path(__file__).parent
+CONFIG_DIR = Path(__file__).parent.parent / "config"
 
 
 def run(main):
     """Run `main(argv) → exit code or None` as a script. What the user can cause: one line on stderr, exit code 2."""
-    name = Path(sys.argv[0]).name
+    script = Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.name
     for stream in (sys.stdout, sys.stderr):
         # Whatever the locale says: a corpus may hold any character.
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")

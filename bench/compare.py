@@ -4,10 +4,10 @@ import math
 import statistics
 from pathlib import Path
 
-from benches.measure import on_machine, span, trained
-from config._cli import read_config_file
-from config._errors import UserError
-from config._schema import TrainConfig
+from bench.measure import on_machine, span, trained
+from quill.cli import read_config_file
+from quill.errors import UserError
+from quill.options import TrainConfig
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond the table, the normal distribution's 1.96.
 T_95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]

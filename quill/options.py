@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from config._errors import UserError
+from quill.errors import UserError
 
 
 def option(default, help, at_least=None, above=None, below=None):

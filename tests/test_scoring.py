@@ -1,4 +1,4 @@
-"""score.py: numbers against the reference and against GPT's own loss; what the table and the JSON show; mistakes."""
+"""scoring.py: numbers against the reference and against GPT's own loss; what the table and the JSON show; mistakes."""
 
 import json
 import math
@@ -8,13 +8,12 @@ import numpy_gpt
 import pytest
 import torch
 
-import checkpoint
 import sample
-import score
-from config._errors import UserError
-from config._schema import ModelConfig
-from data.tokenizers import ByteTokenizer, CharTokenizer
 from model import GPT
+from quill import checkpoint, scoring
+from quill.data.tokenizers import ByteTokenizer, CharTokenizer
+from quill.errors import UserError
+from quill.options import ModelConfig
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
@@ -32,8 +31,8 @@ def make_model(vocab_size):
 def rows_of(text, tokenizer, temperature=1.0):
     """→ the model, the rows of `text`, and how many characters they are."""
     model = make_model(tokenizer.vocab_size)
-    ids, characters = score.encode(text, tokenizer)
-    return model, list(score.score(model, tokenizer, ids, temperature, CPU)), characters
+    ids, characters = scoring.encode(text, tokenizer)
+    return model, list(scoring.score(model, tokenizer, ids, temperature, CPU)), characters
 
 
 def reference(model, windows, temperature=1.0):
@@ -80,7 +79,7 @@ def test_the_total_is_the_models_loss(tokenizer, text, windows):
     with torch.no_grad():
         losses = [model(torch.tensor([w[:-1]]), torch.tensor([w[1:]]))[1].item() for w in windows]
     total = sum(loss * (len(window) - 1) for loss, window in zip(losses, windows, strict=True))
-    values = score.totals([row.loss for row in rows], characters)
+    values = scoring.totals([row.loss for row in rows], characters)
     tokens = sum(len(window) - 1 for window in windows)
     assert values["tokens"] == tokens and values["total_loss"] == pytest.approx(total, abs=1e-5)
     assert values["mean_loss"] == pytest.approx(total / tokens, abs=1e-5)
@@ -110,7 +109,7 @@ def test_a_low_temperature_sharpens():
         assert a.likeliest[0][1] > b.likeliest[0][1] > c.likeliest[0][1]
     frozen = rows_of(text, DOCUMENTS, sample.COLDEST)
     assert all(row.likeliest[0][1] == 1 and math.isfinite(row.loss) for row in frozen[1])
-    assert json.loads(score.to_json(*frozen[1:]))["perplexity"] is None  # beyond what a number can hold
+    assert json.loads(scoring.to_json(*frozen[1:]))["perplexity"] is None  # beyond what a number can hold
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def test_a_low_temperature_sharpens():
 def test_bits_per_character(tokenizer, text, characters):
     _, rows, count = rows_of(text, tokenizer)
     assert count == characters
-    values = score.totals([row.loss for row in rows], count)
+    values = scoring.totals([row.loss for row in rows], count)
     assert values["bits_per_character"] == pytest.approx(math.log2(1 / math.prod(r.probability for r in rows)) / count)
 
 
@@ -140,18 +139,18 @@ def test_contexts_and_tokens_as_shown():
     contexts = ["<start>", "<start>a", r"<start>a\xc3", "<start>aé", "<start>", "<start>z"]
     assert [row.context for row in rows] == contexts
     ids = ByteTokenizer().encode("語" * 30)
-    assert score.context_tail(ids, ByteTokenizer()) == "…" + "語" * 9
+    assert scoring.context_tail(ids, ByteTokenizer()) == "…" + "語" * 9
 
 
 def test_the_table_is_aligned():
     text = "a語b\t" * 6
     tokenizer = CharTokenizer(text + "\n\u2028 語", documents=True)
     _, rows, characters = rows_of(text, tokenizer)
-    lines = list(score.table(rows, tokenizer, characters))
-    assert {score.width(line) for line in lines[: len(rows) + 1]} == {score.width(lines[0])} and lines[-5] == ""
+    lines = list(scoring.table(rows, tokenizer, characters))
+    assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])} and lines[-5] == ""
     tokenizer = ByteTokenizer(documents=True)
-    lines = list(score.table(rows_of(text, tokenizer)[1], tokenizer, characters))
-    assert all(score.width(line) <= 110 for line in lines)
+    lines = list(scoring.table(rows_of(text, tokenizer)[1], tokenizer, characters))
+    assert all(scoring.width(line) <= 110 for line in lines)
 
 
 # ---------------------------------------------------------------- the command

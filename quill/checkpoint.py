@@ -4,7 +4,7 @@ A checkpoint is a dict of tensors and plain values. It is read with `weights_onl
 run code; its checksums are verified; and it is written whole or not at all. Its keys:
 
     format                  the number below
-    config                  every option of the run (config/_schema.py's TrainConfig), as a dict
+    config                  every option of the run (quill/options.py's TrainConfig), as a dict
     flags                   those that came as flags: on resume, a config file does not undo them
     vocab_size, tokenizer   the tokenizer as in meta.json; None where it is not known
     model, ema              the weights, and their moving average or None
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from config._cli import note
-from config._errors import UserError
-from config._files import lock_folder, replacing
-from config._schema import ModelConfig, TrainConfig
 from model import GPT
+from quill.cli import note
+from quill.errors import UserError
+from quill.files import lock_folder, replacing
+from quill.options import ModelConfig, TrainConfig
 
 FORMAT = 1
 SHAPE = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}  # options that a run's weights fix

@@ -4,7 +4,7 @@ import os
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from config._errors import UserError
+from quill.errors import UserError
 
 
 @contextmanager

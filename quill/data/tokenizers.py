@@ -1,4 +1,4 @@
-"""Text ↔ token ids: one small base, a class for each kind, to and from JSON. Files are left to data/token_files.py.
+"""Text ↔ token ids: one small base, a class for each kind, to and from JSON. Files are token_files.py's.
 
 Text that is one long stream has the ids of its tokens and nothing else. Text that is a set of documents has one id
 more, the last: BOS, which starts every document. It stands where the text has a newline, in both directions, so
@@ -9,7 +9,7 @@ import codecs
 
 import numpy as np
 
-from config._errors import UserError
+from quill.errors import UserError
 
 
 class Tokenizer:

@@ -4,11 +4,11 @@ import statistics
 from html import escape
 from pathlib import Path
 
-import checkpoint
-from benches.measure import ROOT, flags, on_machine, process, trained
-from config._cli import read_config_file
-from config._files import replacing
-from config._schema import TrainConfig
+from bench.measure import ROOT, flags, on_machine, process, trained
+from quill import checkpoint
+from quill.cli import read_config_file
+from quill.files import replacing
+from quill.options import TrainConfig
 
 ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, how wide the picture is
 

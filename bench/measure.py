@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from config._cli import read_config_file
-from config._errors import UserError
-from config._machine import pick_machine
-from config._schema import TrainConfig
+from quill import checkpoint
+from quill.cli import read_config_file
+from quill.errors import UserError
+from quill.machine import pick_machine
+from quill.options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from config._errors import UserError
+from quill.errors import UserError
 
 # Dense bf16 peaks (V100, T4: fp16) in FLOP/s, from NVIDIA's data sheets, by words of the device's name; first match.
 PEAK_FLOPS = {

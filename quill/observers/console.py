@@ -1,6 +1,6 @@
 """What people see of a run: what it would be, a progress bar or plain lines, metrics.csv, samples. It changes nothing.
 
-What TensorBoard shows is board.py's; this file tells it.
+What TensorBoard shows is quill/observers/tensorboard.py's; this file tells it.
 """
 
 import math
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config._cli import drop_output
-from config._errors import UserError
-from config._files import replacing
-from data.batches import derive_seed
+from quill.cli import drop_output
+from quill.data.batches import derive_seed
+from quill.errors import UserError
+from quill.files import replacing
 
 COLUMNS = "step,lr,train_loss,val_loss,perplexity,tokens_per_s,seconds"
 
@@ -23,7 +23,7 @@ COLUMNS = "step,lr,train_loss,val_loss,perplexity,tokens_per_s,seconds"
 class Reporter:
     """A progress bar on a terminal and plain lines elsewhere; a row of metrics.csv at every evaluation. Rank 0's.
 
-    board: board.py's Board, or None. Both are closed when the `with` of a Reporter ends, however it does.
+    board: tensorboard.py's Board, or None. Both are closed when the `with` of a Reporter ends, however it does.
     """
 
     def __init__(self, config, progress, machine, flops_per_token, board=None):

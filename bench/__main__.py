@@ -1,13 +1,13 @@
 """The speed figures, ours beside a peer's, in one run on one machine; and which of two configs is better.
 
-    python bench.py train --peer=../nanoGPT         # training tokens/s at two shapes
-    python bench.py loss --peer=../nanoGPT          # the laptop recipe, whole process, and its best loss
-    python bench.py curve --peer=../nanoGPT         # whether a step's loss is nanoGPT's, from the same weights
-    python bench.py generate --peer=../nanoGPT      # tokens/s of generation, with random weights
-    python bench.py start                           # from the command to the first step, less `import torch`
-    python bench.py prepare --peer=../nanoGPT       # 100 MB of text into tokens
-    python bench.py ladder                          # config/ladder/, three seeds of each, and docs/ladder.svg
-    python bench.py compare config/a.py config/b.py --seeds=5 --max_iters=500
+    python -m bench train --peer=../nanoGPT         # training tokens/s at two shapes
+    python -m bench loss --peer=../nanoGPT          # the laptop recipe, whole process, and its best loss
+    python -m bench curve --peer=../nanoGPT         # whether a step's loss is nanoGPT's, from the same weights
+    python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
+    python -m bench start                           # from the command to the first step, less `import torch`
+    python -m bench prepare --peer=../nanoGPT       # 100 MB of text into tokens
+    python -m bench ladder                          # config/ladder/, three seeds of each, and docs/ladder.svg
+    python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
 
 Whole processes, ours and the peer's in turn, median and range; the peer is a checkout of nanoGPT, which stays outside.
 Absolute times drift from hour to hour, ratios of neighbours in time do not. Each run is written to out/bench as JSON.
@@ -17,17 +17,17 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from benches import peers
-from benches.compare import compare
-from benches.curve import curve
-from benches.generation import generate
-from benches.ladder import ladder
-from benches.measure import hardware
-from config._cli import read_args, run
-from config._errors import UserError
-from config._files import replacing
-from config._machine import pick_machine
-from config._schema import BenchConfig, TrainConfig
+from bench import peers
+from bench.compare import compare
+from bench.curve import curve
+from bench.generation import generate
+from bench.ladder import ladder
+from bench.measure import hardware
+from quill.cli import read_args, run
+from quill.errors import UserError
+from quill.files import replacing
+from quill.machine import pick_machine
+from quill.options import BenchConfig, TrainConfig
 
 ALONE = {
     "train": peers.train,
@@ -61,19 +61,21 @@ def main(argv):
         raise UserError("curve is one run of each, in float32: it takes no --pairs and no --dtype")
     pick_machine(config)  # a device or dtype that is not there shows before the first run
     if name == "compare" and len(paths) != 2:
-        raise UserError("compare takes two config files, as in bench.py compare config/a.py config/b.py")
+        raise UserError("compare takes two config files, as in python -m bench compare config/a.py config/b.py")
     if name in ALONE and paths:
-        raise UserError(f"{paths[0]}: bench.py {name} takes options only (see --help)")
+        raise UserError(f"{paths[0]}: python -m bench {name} takes options only (see --help)")
     if name in TRAINING:
         training = read_args(rest, TrainConfig, __doc__)[1]
         if taken := training.keys() & {"seed", "init_from", "overwrite", "dry_run", "eval_only"}:
-            raise UserError(f"--{min(taken)}: not with bench.py {name}, which sets its runs' seeds and starts itself")
+            raise UserError(
+                f"--{min(taken)}: not with python -m bench {name}, which sets its runs' seeds and starts itself"
+            )
         lines = TRAINING[name](paths, training, config)
     elif rest:
-        raise UserError(f"{rest[0]}: not an option of bench.py {name} (see --help)")
+        raise UserError(f"{rest[0]}: not an option of python -m bench {name} (see --help)")
     else:
         lines = ALONE[name](config)
-    report = {"command": f"python bench.py {' '.join(argv)}", "hardware": hardware(config), "results": lines}
+    report = {"command": f"python -m bench {' '.join(argv)}", "hardware": hardware(config), "results": lines}
     path = Path(config.out_dir) / f"{name}.json"
     with replacing(path) as (file,):
         file.write((json.dumps(report, indent=2, default=str) + "\n").encode())

@@ -1,7 +1,7 @@
 """How likely a model finds a text: text → token ids → a row for each token → a table, or JSON.
 
 Options, checkpoints and messages are sample.py's. What is predicted from what is as in validation, by the same code
-(data/batches.py), so that the total is what the training loss says of that text:
+(quill/data/batches.py), so that the total is what the training loss says of that text:
 
     documents   every line that is not blank is a document, `BOS a n n a BOS`, and the BOS that ends it is predicted too
     a stream    the first token is predicted from what sampling with an empty prompt starts from, which is a newline
@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from config._errors import UserError
-from data.batches import Batches
-from data.token_files import joined
-from report import perplexity
+from quill.data.batches import Batches
+from quill.data.token_files import joined
+from quill.errors import UserError
+from quill.observers.console import perplexity
 
 CONTEXT_WIDTH = 20  # columns of context in a row
 SHOWN = 5  # likeliest tokens in a row

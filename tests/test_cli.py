@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from config._cli import CONFIG_DIR, config_files, help_text, list_configs, read_args, read_config_file
-from config._errors import UserError
-from config._schema import ModelConfig, PrepareConfig, SampleConfig, TrainConfig
+from quill.cli import CONFIG_DIR, config_files, help_text, list_configs, read_args, read_config_file
+from quill.errors import UserError
+from quill.options import ModelConfig, PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,9 +164,9 @@ def test_a_missing_file_and_one_that_is_not_utf8(tmp_path):
 
 
 def test_a_config_file_can_not_reach_into_ours(tmp_path):
-    before = set(sys.modules["config._cli"].__dict__)
+    before = set(sys.modules["quill.cli"].__dict__)
     read_config_file(config_file(tmp_path, "n_layer = 2\n_x = 5\n"), TrainConfig)
-    assert set(sys.modules["config._cli"].__dict__) == before
+    assert set(sys.modules["quill.cli"].__dict__) == before
 
 
 def test_nanogpts_retired_keys_are_noticed(capsys, tmp_path):
@@ -214,7 +214,7 @@ def test_the_list_of_configs_has_a_line_for_each():
 
 
 def test_the_schema_imports_the_standard_library_alone():
-    code = "import config._cli, sys; print(not {'torch', 'numpy', 'tqdm'} & set(sys.modules))"
+    code = "import quill.cli, sys; print(not {'torch', 'numpy', 'tqdm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"
 

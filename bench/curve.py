@@ -4,21 +4,21 @@ import re
 import statistics
 import tempfile
 
-from benches.measure import ROOT, flags, metrics, process
-from benches.shapes import BABY
-from config._errors import UserError
+from bench.measure import ROOT, flags, metrics, process
+from bench.shapes import BABY
+from quill.errors import UserError
 
 # The peer's model and optimizer on our first weights and our batches, in float32. Both repositories have a model.py.
 REPLAY = """
 import importlib.util, sys
 sys.path[:0] = [{peer!r}, {root!r}]
 import torch
-from config._machine import pick_machine
-from config._schema import ModelConfig, TrainConfig
-from data.batches import Batches, derive_seed
-from data.token_files import open_dataset
+from quill.machine import pick_machine
+from quill.options import ModelConfig, TrainConfig
+from quill.data.batches import Batches, derive_seed
+from quill.data.token_files import open_dataset
 from model import GPT, GPTConfig
-from optimizer import learning_rate
+from quill.optimizer import learning_rate
 spec = importlib.util.spec_from_file_location("ours", {root!r} + "/model.py")
 ours = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ours)

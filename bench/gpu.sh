@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Every figure of a GPU's table, in parts that take minutes each. Results are printed and written to OUT as JSON.
 #
-#   benches/gpu.sh tests                     the test suite, each test that takes a device on the GPU too
-#   benches/gpu.sh train ../nanoGPT          tokens/s at 10.7M parameters; GPT-2's shape and its MFU
-#   benches/gpu.sh stock ../nanoGPT          config/shakespeare_char.py beside nanoGPT's, whole processes, one pair
-#   benches/gpu.sh curve ../nanoGPT          the same weights and batches through both, loss by loss
-#   benches/gpu.sh generate ../nanoGPT       tokens/s of generation
+#   bench/gpu.sh tests                     the test suite, each test that takes a device on the GPU too
+#   bench/gpu.sh train ../nanoGPT          tokens/s at 10.7M parameters; GPT-2's shape and its MFU
+#   bench/gpu.sh stock ../nanoGPT          config/shakespeare_char.py beside nanoGPT's, whole processes, one pair
+#   bench/gpu.sh curve ../nanoGPT          the same weights and batches through both, loss by loss
+#   bench/gpu.sh generate ../nanoGPT       tokens/s of generation
 #
 # Without a checkout of nanoGPT, ours is measured alone, but for curve, which needs one. In the environment: QUILL_CORPORA, the folder of
 # tinyshakespeare.txt; DEVICE (cuda), OUT (out/bench), PYTHON (python). nanoGPT's prepare.py needs the package requests.
@@ -45,18 +45,18 @@ case $part in
     ;;
   train)
     prepare
-    "$python" bench.py train "${options[@]}" --pairs=3
+    "$python" python -m bench train "${options[@]}" --pairs=3
     ;;
   curve)
     prepare
-    "$python" bench.py curve "${options[@]}"
+    "$python" python -m bench curve "${options[@]}"
     ;;
   stock)
     prepare
-    "$python" bench.py loss "${options[@]}" --recipe=config/shakespeare_char.py --pairs=1
+    "$python" python -m bench loss "${options[@]}" --recipe=config/shakespeare_char.py --pairs=1
     ;;
   generate)
-    "$python" bench.py generate "${options[@]}" --pairs=3
+    "$python" python -m bench generate "${options[@]}" --pairs=3
     ;;
   *)
     sed -n '2,/^set/{/^#/p}' "$here"

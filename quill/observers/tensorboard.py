@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from config._errors import UserError
 from model import rotate
+from quill.errors import UserError
 
 LONGEST_TEXT = 64  # tokens whose attention is drawn
 MOST_TOKENS = 1024  # whose embeddings are drawn

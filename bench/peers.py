@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benches.measure import ROOT, flags, in_turn, metrics, on_gpu, on_machine, peer_machine, process, row
-from benches.shapes import BABY, GPT2, GPT2_IDS, LAPTOP
-from config._errors import UserError
-from config._machine import pick_machine
-from config._schema import ModelConfig
+from bench.measure import ROOT, flags, in_turn, metrics, on_gpu, on_machine, peer_machine, process, row
+from bench.shapes import BABY, GPT2, GPT2_IDS, LAPTOP
 from model import GPT
+from quill.errors import UserError
+from quill.machine import pick_machine
+from quill.options import ModelConfig
 
 
 def train(config):

@@ -2,8 +2,8 @@
 
 from importlib.util import find_spec
 
-from benches.measure import ROOT, in_turn, on_gpu, peer_machine, process, row
-from benches.shapes import BABY, GPT2, GPT2_IDS
+from bench.measure import ROOT, in_turn, on_gpu, peer_machine, process, row
+from bench.shapes import BABY, GPT2, GPT2_IDS
 
 GENERATE = """
 import contextlib, io, sys, time
@@ -21,8 +21,8 @@ with torch.no_grad(), context:
 print({batch} * {tokens} / (time.perf_counter() - began))
 """
 OURS = """
-from config._schema import ModelConfig, SampleConfig
-from config._machine import pick_machine
+from quill.options import ModelConfig, SampleConfig
+from quill.machine import pick_machine
 from model import GPT
 machine = pick_machine(SampleConfig(device={device!r}, dtype={dtype!r}))
 model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(device, machine.dtype)

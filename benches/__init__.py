@@ -1,1 +1,0 @@
-"""What bench.py measures, one file for each kind. They use measure.py, and nothing of each other."""

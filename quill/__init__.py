@@ -1,0 +1,1 @@
+"""What the scripts are made of, and what you need not read to understand a GPT."""
