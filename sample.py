@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from quill import checkpoint, scoring
+from quill import checkpoint, cpu, scoring
 from quill.cli import read_args, run
 from quill.data.batches import derive_seed
 from quill.data.token_files import open_dataset
 from quill.data.tokenizers import from_json
 from quill.errors import UserError
+from quill.generation import stream_tokens
 from quill.machine import memory_limits, pick_machine
 from quill.options import SampleConfig
 
@@ -92,21 +93,17 @@ def as_given(key, value):
 
 
 def sample(model, tokenizer, prompt, config, machine, write):
-    """Draw config.num_samples texts at once, and `write` them: the first as it comes, the others when all are done."""
+    """Draw config.num_samples texts at once, and `write` them: the first token by token, the others at the end.
+
+    write: called with each piece of text.
+    """
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
     ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
     separator = "\n" if tokenizer.bos is not None else "\n---------------\n"
-    first, ended = tokenizer.stream(), False
-
-    def stream(tokens):
-        nonlocal ended
-        token = tokens[0].item()
-        ended = ended or token == tokenizer.bos
-        if not ended:
-            write(first([token]))
-
+    first, ended, drawn = tokenizer.stream(), False, []
     write(prompt)
-    out = model.generate(
+    for tokens in stream_tokens(
+        model,
         ids.repeat(config.num_samples, 1),
         config.max_new_tokens,
         config.temperature,
@@ -114,10 +111,14 @@ def sample(model, tokenizer, prompt, config, machine, write):
         config.top_p,
         stop_token=tokenizer.bos,
         generator=generator,
-        on_token=stream,
-    )
+    ):
+        drawn.append(tokens)
+        token = int(tokens[0])
+        ended = ended or token == tokenizer.bos
+        if not ended:
+            write(first([token]))
     write(first([], final=True) + separator)
-    for row in out[1:, ids.numel() :].tolist():
+    for row in torch.stack(drawn, dim=1)[1:].tolist():
         if tokenizer.bos in row:
             row = row[: row.index(tokenizer.bos)]
         write(prompt + tokenizer.decode(row) + separator)
@@ -144,7 +145,7 @@ def main(argv):
     machine = pick_machine(config)
     with memory_limits(machine):
         # The weights themselves in half precision: reading them is most of the work of drawing a token.
-        model = checkpoint.load_model(state, path).to(machine.device, machine.dtype)
+        model = cpu.speed_up(checkpoint.load_model(state, path).to(machine.device, machine.dtype))
         if not scores:
             sample(model, tokenizer, text, config, machine, write)
             return

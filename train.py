@@ -2,82 +2,82 @@
 
     python train.py config/names.py                                     # a minute on a laptop, no network
     python train.py config/shakespeare_char.py --max_iters=2000         # any option as a flag
-    python train.py config/shakespeare_char.py --init_from=resume       # go on from the last checkpoint
-    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py    # the same batches, shared out over 8 GPUs
+    python train.py config/shakespeare_char.py --init_from=resume       # continue from the last checkpoint
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py    # the same batches, split over 8 GPUs
 
 Options come from defaults < config file < flags. A run writes last.pt, best.pt and metrics.csv into out_dir.
 """
+
+from __future__ import annotations
 
 import math
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import GPT
 from quill import checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import Batches, derive_seed
-from quill.data.token_files import ensure, open_dataset
+from quill.data.token_files import Dataset, ensure, open_dataset
+from quill.describe import describe
+from quill.distributed import ProcessGroup, parallelize
 from quill.errors import UserError
-from quill.machine import Ranks, StopSignals, memory_limits, pick_machine
-from quill.observers.console import Reporter, describe, draw_samples, perplexity
-from quill.observers.tensorboard import open_board
-from quill.optimizer import learning_rate, make_optimizers
+from quill.machine import Machine, StopSignals, compile_model, memory_limits, pick_machine
+from quill.observers import Observers
+from quill.optimizer import lr_multiplier
 from quill.options import TrainConfig
+from quill.scoring import perplexity
+from quill.state import TrainState
+
+# ---------------------------------------------------------------- a step, an evaluation, the loop
 
 
-@dataclass
-class Progress:
-    """How far a run has come: with the weights and the optimizers, all that a resume needs."""
+def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine: Machine) -> int:
+    """Take one optimizer step on the step's global batch. → the tokens that it predicts
 
-    step: int = 0
-    best_val_loss: float = math.inf
-    evals_since_best: int = 0
-    losses: list[float] = field(default_factory=list)  # one a step, since the last row of metrics.csv
-    seconds: float = 0.0
-
-
-# ---------------------------------------------------------------- a step, an evaluation
-
-
-def train_step(model, batches, step, optimizers, scaler, config, machine):
-    """One optimizer step on the step's global batch. → loss, gradient norm (both still on the device), tokens."""
-    machine.seed(derive_seed("dropout", config.seed, step, machine.rank))
+    The loss and the gradient norm stay on the device: see `TrainState.read_losses`.
+    """
+    step, model, scaler, group = state.progress.step, state.train_model, state.scaler, machine.group
+    machine.seed(derive_seed("dropout", config.seed, step, group.rank))
     total, micro_batches = batches.step(step)
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
-        # DDP averages gradients over the ranks: do it once, behind the last micro-batch.
-        wait = model.no_sync() if machine.world > 1 and i + 1 < len(micro_batches) else nullcontext()
+        # DDP averages the gradients over the ranks: do it once, after the last micro-batch.
+        wait = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
         with wait:
             with machine.autocast():
                 share = model(x, y)[1] * (predicted / total)  # so that the sum is the mean over the global batch
-            scaler.scale(share * machine.world).backward()
+            scaler.scale(share * group.world_size).backward()
         loss += share.detach()
-    scale = learning_rate(step, config) / config.learning_rate
-    for optimizer, peak in optimizers:
+    multiplier = lr_multiplier(step, config)
+    for optimizer, peak in state.optimizers:
         scaler.unscale_(optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * scale
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = peak * multiplier
     parameters = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-    for optimizer, _ in optimizers:
+    for optimizer, _ in state.optimizers:
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    return loss, norm, total
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    state.pending.append((loss, norm))
+    state.progress.step += 1
+    return total
 
 
 @torch.no_grad()
-def evaluate(model, batches, config, machine):
-    """Mean loss in nats a token over the validation split: sum and count over all ranks, then the quotient."""
+def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine) -> float:
+    """Mean loss over the validation split, in nats per token: sum and count over all ranks, then the quotient."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for x, y, predicted in batches.validation(config.eval_iters * config.batch_size or None):
@@ -85,62 +85,81 @@ def evaluate(model, batches, config, machine):
             loss = model(x, y)[1]
         total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
     model.train()
-    total = machine.sum(total)
+    total = machine.group.sum(total)
     loss = (total[0] / total[1]).item()
     if not math.isfinite(loss):
         raise UserError(f"the validation loss is {loss}: stopped; the checkpoint before it is kept")
     return loss
 
 
-def compile_model(model, batches, config, machine):
-    """torch.compile where it pays and works, tried forward and backward; else the model itself."""
-    if not (machine.device.type == "cuda" if config.compile == "auto" else config.compile):
-        return model
-    x, y, _ = batches.step(0)[1][0]
-    try:
-        compiled = torch.compile(model)
-        with machine.autocast():
-            loss = compiled(x, y)[1]
-        loss.backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler can fail with
-        note(f"note: torch.compile failed ({str(error).strip().splitlines()[0]}); training goes on uncompiled")
-        compiled = model
-    model.zero_grad(set_to_none=True)
-    return compiled
+def save(state: TrainState, better: bool) -> None:
+    """Write last.pt, and best.pt if the last evaluation was the best.
 
-
-def read_losses(pending, progress, scaler, machine):
-    """The (loss, gradient norm) pairs that are still on the device → losses, norms; a non-finite one ends the run.
-
-    Once for many steps, because each reading makes the device wait. No checkpoint is written before one.
+    best.pt is first: if the machine stops in between, the run resumes from the older last.pt and reaches the same best.
     """
-    pairs = torch.stack([torch.stack(pair) for pair in pending]).cpu()
-    pending.clear()
-    pairs[:, 0] = machine.sum(pairs[:, 0].contiguous())  # each rank has its share of the loss
-    advice = "stopped, and the checkpoint before it is kept; try a lower --learning_rate or a smaller --grad_clip"
-    for step, (loss, norm) in enumerate(pairs.tolist(), progress.step - len(pairs) + 1):
-        # A scaler tries out how far it can go: it skips a step that overflows.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
-    if scaler.get_scale() < 1e-4:
-        raise UserError(f"step {progress.step}: no loss scale is small enough for float16's gradients: {advice}")
-    return pairs.T.tolist()
+    saved = state.state_dict()
+    for name in ("best.pt", "last.pt") if better else ("last.pt",):
+        checkpoint.save(Path(state.config.out_dir) / name, saved)
+
+
+def train(
+    state: TrainState, data: Data, config: TrainConfig, machine: Machine, observers: Observers, stop: StopSignals
+) -> int:
+    """Train until max_iters, patience or a signal ends the run. → exit code"""
+    progress, group = state.progress, machine.group
+    while progress.step < config.max_iters:
+        began = time.perf_counter()
+        tokens = train_step(state, data.train_batches, config, machine)
+        stopped_by, evaluating = stop.agreed(group), config.evaluates_after(progress.step)
+        reading = None
+        if progress.step % config.log_interval == 0 or evaluating or stopped_by:
+            reading = state.read_losses()
+        observers.stepped(tokens, time.perf_counter() - began)
+        if reading:
+            observers.read(*reading)
+        better, val_loss = False, math.nan
+        if evaluating:
+            val_loss = evaluate(state.eval_model, data.val_batches, config, machine)
+            better = state.record(val_loss)
+        progress.seconds += time.perf_counter() - began
+        if evaluating:
+            group.on_rank_0(observers.evaluated, val_loss)
+            progress.losses = []
+        if evaluating or stopped_by:
+            group.on_rank_0(save, state, better)
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            observers.say(f"stopped by {name} at step {progress.step}; continue with --init_from=resume")
+            return 128 + stopped_by
+        if evaluating and state.out_of_patience:
+            observers.say(f"stopped early: {config.patience} evaluations without a better one")
+            break
+    observers.finished()
+    return 0
 
 
 # ---------------------------------------------------------------- set-up
 
 
-def open_data(config, machine):
-    """→ dataset, training batches, validation batches."""
-    machine.on_rank_0(ensure, config.dataset, config.data_dir)
-    dataset = machine.on_all_ranks(open_dataset, config.data_dir, config.dataset)
+@dataclass(frozen=True)
+class Data:
+    """The dataset of a run, and the batches of its two splits for this rank."""
+
+    dataset: Dataset
+    train_batches: Batches
+    val_batches: Batches
+
+
+def open_data(config: TrainConfig, machine: Machine) -> Data:
+    """Prepare the dataset if it is a known corpus, and open it. A UserError if it does not fit the options."""
+    group = machine.group
+    group.on_rank_0(ensure, config.dataset, config.data_dir)
+    dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
-    if rows % machine.world:
+    if rows % group.world_size:
         raise UserError(
             f"--batch_size={config.batch_size} × --gradient_accumulation_steps={config.gradient_accumulation_steps} "
-            f"is not divisible by the {machine.world} processes"
+            f"is not divisible by the {group.world_size} processes"
         )
     bos, batches = dataset.tokenizer.bos, []
     for name, tokens in (("train", dataset.train), ("val", dataset.val)):
@@ -150,150 +169,65 @@ def open_data(config, machine):
                 f"--block_size={config.block_size}: use a smaller one or a longer text"
             )
         settings = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
-        settings |= {"device": machine.device, "rank": machine.rank, "world": machine.world}
+        settings |= {"device": machine.device, "rank": group.rank, "world": group.world_size}
         batches.append(Batches(tokens, bos, config.block_size, **settings))
-    return dataset, *batches
+    return Data(dataset, *batches)
 
 
-def build_model(config, state, vocab_size, machine):
-    """→ model, its moving average or None, progress; as `checkpoint.start` decided."""
-    torch.manual_seed(derive_seed("init", config.seed))
-    model, ema, progress = GPT(config, vocab_size), None, Progress()
-    # 1. resume: the run's weights and progress. 2. scratch: as initialised. 3. fine-tune: the weights one samples with.
-    if config.init_from == "resume":
-        progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        checkpoint.load_weights(model, state["model"], config.out_dir)
-    elif state is not None:
-        checkpoint.load_weights(model, state["model"] if state["ema"] is None else state["ema"], config.init_from)
-    model.to(machine.device)
-    if config.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        if config.init_from == "resume":
-            checkpoint.load_weights(ema.module, state["ema"], config.out_dir)
-            ema.n_averaged.fill_(progress.step)
-    return model, ema, progress
+def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
+    """Say so if --eval_iters leaves out a part of the validation split."""
+    _, lengths = batches.validation_rows()
+    rows = config.eval_iters * config.batch_size
+    if 0 < rows < len(lengths):
+        covered = f"{lengths[:rows].sum():,} of {lengths.sum():,}"
+        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} tokens only")
 
 
-# ---------------------------------------------------------------- the run
-
-
-def train(config, flags, state, machine):
-    """Set up, train, report. `flags`, `state`: as from `checkpoint.start`. → exit code"""
-    dataset, train_batches, val_batches = open_data(config, machine)
-    if state is not None:
-        checkpoint.check_vocabulary(state, dataset)
-    if config.dry_run:
-        with torch.device("meta"):  # shapes alone, so that a model that fits nowhere can be described too
-            model = GPT(config, dataset.tokenizer.vocab_size)
-        if machine.rank == 0:
-            print(describe(model, train_batches, config))
-        return 0
-    model, ema, progress = build_model(config, state, dataset.tokenizer.vocab_size, machine)
-    eval_model = model if ema is None else ema.module
-    _, lengths = val_batches.validation_rows()
-    if 0 < config.eval_iters * config.batch_size < len(lengths):
-        covered = lengths[: config.eval_iters * config.batch_size].sum()
-        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered:,} of {lengths.sum():,} tokens only")
-    if config.eval_only:
-        val_loss = evaluate(eval_model, val_batches, config, machine)
-        if machine.rank == 0:
-            print(
-                f"step {state['step'] if state else 0}: val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.3f}"
-            )
-        return 0
-    if progress.step >= config.max_iters:
-        note(f"note: {config.out_dir} is at step {progress.step} already; to go on, raise --max_iters")
-        return 0
-
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    if scaler.is_enabled() and config.optimizer == "muon":
+def run_training(state: TrainState, data: Data, config: TrainConfig, machine: Machine) -> int:
+    """Take out_dir, compile and distribute the model, and train it under observation. → exit code"""
+    if state.scaler.is_enabled() and config.optimizer == "muon":
         raise UserError("--optimizer=muon: not in float16, where steps overflow; use --dtype=float32 or bfloat16")
-    optimizers = make_optimizers(model, config)
-    if config.init_from == "resume":
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, saved)
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-    machine.on_rank_0(checkpoint.claim, config)
-    train_model = compile_model(model, train_batches, config, machine)
-    if machine.world > 1:
-        train_model = DistributedDataParallel(train_model)
-    seen = (model, optimizers, dataset.tokenizer, val_batches)
-    board = machine.on_all_ranks(open_board, config, progress, machine, *seen)
-    reporter = Reporter(config, progress, machine, model.flops_per_token(), board)
-    reporter.say(
-        f"{model.num_params():,} parameters on {machine.name}, {str(machine.dtype).removeprefix('torch.')}; "
-        f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to evaluate on"
+    machine.group.on_rank_0(checkpoint.lock_out_dir, config)
+    compiled = compile_model(state.model, data.train_batches, config.compile, machine)
+    state.train_model = parallelize(compiled, machine.group)
+    observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
+    observers.say(
+        f"{state.model.num_params():,} parameters on {machine.name}, {str(machine.dtype).removeprefix('torch.')}; "
+        f"{len(data.dataset.train):,} tokens to train on, {len(data.dataset.val):,} to evaluate on"
     )
+    with StopSignals() as stop, observers:
+        return train(state, data, config, machine, observers, stop)
 
-    def save(*names):
-        saved = {
-            "config": asdict(config),
-            "flags": flags,
-            "vocab_size": model.vocab_size,
-            "tokenizer": dataset.tokenizer.to_json(),
-            "model": model.state_dict(),
-            "ema": ema.module.state_dict() if ema is not None else None,
-            "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
-            "scaler": scaler.state_dict(),
-            **asdict(progress),
-        }
-        for name in names:
-            checkpoint.save(Path(config.out_dir) / name, saved)
 
-    def draw(count):
-        return draw_samples(eval_model, dataset.tokenizer, count, config, machine, progress.step)
+def start(config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine) -> int:
+    """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
+    data = open_data(config, machine)
+    if saved is not None:
+        checkpoint.check_vocabulary(saved, data.dataset)
+    if config.dry_run:
+        text = describe(config, data.dataset.tokenizer.vocab_size, data.train_batches)
+        return print_on_rank_0(text, machine)
+    state = TrainState(config, flags, data.dataset.tokenizer, machine, saved)
+    note_capped_evaluation(config, data.val_batches)
+    if config.eval_only:
+        loss = evaluate(state.eval_model, data.val_batches, config, machine)
+        text = f"step {saved['step'] if saved else 0}: val loss {loss:.4f}, perplexity {perplexity(loss):.3f}"
+        return print_on_rank_0(text, machine)
+    if state.progress.step >= config.max_iters:
+        note(f"note: {config.out_dir} is at step {state.progress.step} already; to continue, raise --max_iters")
+        return 0
+    return run_training(state, data, config, machine)
 
-    pending, patience_left, stopped_by = [], True, 0
-    with StopSignals() as stop, reporter:
-        while progress.step < config.max_iters and patience_left and not stopped_by:
-            began = time.perf_counter()
-            lr = learning_rate(progress.step, config)
-            loss, norm, tokens = train_step(
-                train_model, train_batches, progress.step, optimizers, scaler, config, machine
-            )
-            pending.append((loss, norm))
-            if ema is not None:
-                ema.update_parameters(model)
-            progress.step += 1
-            stopped_by = stop.agreed(machine)
-            evaluating = config.evaluates_after(progress.step)
-            if logging := progress.step % config.log_interval == 0 or evaluating or stopped_by:
-                losses, norms = read_losses(pending, progress, scaler, machine)
-                progress.losses += losses
-            reporter.step(tokens, time.perf_counter() - began)
-            if logging:
-                reporter.log(losses, norms, lr)
-            better = False
-            if evaluating:
-                val_loss = evaluate(eval_model, val_batches, config, machine)
-                better = val_loss < progress.best_val_loss
-                progress.best_val_loss = min(val_loss, progress.best_val_loss)
-                progress.evals_since_best = 0 if better else progress.evals_since_best + 1
-                patience_left = not config.patience or progress.evals_since_best < config.patience
-            progress.seconds += time.perf_counter() - began
-            if evaluating:
-                machine.on_rank_0(reporter.evaluated, val_loss, lr, draw)
-                progress.losses = []
-            if evaluating or stopped_by:
-                # best.pt first: should the machine stop in between, the older last.pt comes to the same best again.
-                machine.on_rank_0(save, *(["best.pt", "last.pt"] if better else ["last.pt"]))
-    if stopped_by:
-        name = signal.Signals(stopped_by).name
-        reporter.say(f"stopped by {name} at step {progress.step}; go on with --init_from=resume")
-        return 128 + stopped_by
-    if not patience_left:
-        reporter.say(f"stopped early: {config.patience} evaluations without a better one")
-    if config.final_samples:
-        reporter.say(f"{config.final_samples} samples:")
-    reporter.samples(draw, config.final_samples)
-    reporter.say(
-        f"best val loss {progress.best_val_loss:.4f}; sample with: python sample.py --out_dir={config.out_dir}"
-    )
+
+def print_on_rank_0(text: str, machine: Machine) -> int:
+    """Print the result of a command that trains nothing. → exit code 0"""
+    if machine.group.rank == 0:
+        print(text)
     return 0
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
+    """Read the options, pick the machine, and start. → exit code"""
     if not argv:
         print(f"python train.py CONFIG [--key=value …], where CONFIG is one of\n{list_configs()}\nor a file like them")
         return 2
@@ -301,12 +235,12 @@ def main(argv):
     if len(positional) > 1:
         raise UserError(f"one config file, please, not {len(positional)}: {' '.join(positional)}")
     from_file = read_config_file(positional[0], TrainConfig) if positional else {}
-    ranks = Ranks.from_environment()
-    with ranks.joined():
-        config, flags, state = ranks.on_all_ranks(checkpoint.start, from_file, flags)
-        machine = ranks.on_all_ranks(pick_machine, config, ranks)
+    group = ProcessGroup.from_environment()
+    with group.connected():
+        config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags)
+        machine = group.on_all_ranks(pick_machine, config, group)
         with memory_limits(machine):
-            return train(config, flags, state, machine)
+            return start(config, flags, saved, machine)
 
 
 if __name__ == "__main__":

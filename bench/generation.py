@@ -24,8 +24,11 @@ OURS = """
 from quill.options import ModelConfig, SampleConfig
 from quill.machine import pick_machine
 from model import GPT
+from quill.cpu import speed_up
+from quill.generation import generate
 machine = pick_machine(SampleConfig(device={device!r}, dtype={dtype!r}))
-model = GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(device, machine.dtype)
+model = speed_up(GPT(ModelConfig(**{shape!r}), {vocab}).eval().to(device, machine.dtype))
+model.generate = lambda *args, **options: generate(model, *args, **options)
 """
 TRANSFORMERS = """
 from transformers import GPT2Config, GPT2LMHeadModel

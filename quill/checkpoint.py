@@ -1,32 +1,39 @@
-"""A run's state ↔ one file; how a run starts from one; nanoGPT's checkpoints → ours.
+"""A run's state ↔ one file, and how a run starts from one.
 
-A checkpoint is a dict of tensors and plain values. It is read with `weights_only=True`, so that a stranger's file can't
-run code; its checksums are verified; and it is written whole or not at all. Its keys:
+A checkpoint is a dict of tensors and plain values. It is read with `weights_only=True`, so that a file from a stranger
+can't run code. Its checksums are verified. It is written whole or not at all. Its keys:
 
     format                  the number below
-    config                  every option of the run (quill/options.py's TrainConfig), as a dict
-    flags                   those that came as flags: on resume, a config file does not undo them
+    config                  every option of the run (TrainConfig in quill/options.py), as a dict
+    flags                   the options that were given as flags: on resume, a config file does not undo them
     vocab_size, tokenizer   the tokenizer as in meta.json; None where it is not known
     model, ema              the weights, and their moving average or None
     optimizers, scaler      their state_dicts
-    step, best_val_loss, evals_since_best, losses, seconds      train.py's Progress
+    step, best_val_loss, evals_since_best, losses, seconds      Progress in quill/state.py
 """
+
+from __future__ import annotations
 
 import pickle
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from model import GPT
 from quill.cli import note
+from quill.data.token_files import Dataset
 from quill.errors import UserError
 from quill.files import lock_folder, replacing
+from quill.interop import NANOGPT_KEYS, from_nanogpt
 from quill.options import ModelConfig, TrainConfig
 
 FORMAT = 1
-SHAPE = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}  # options that a run's weights fix
+# The options that a run's weights fix.
+ARCHITECTURE_KEYS = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}
 SAMPLE_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
 RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best"}
 
@@ -34,48 +41,55 @@ RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_sinc
 # ---------------------------------------------------------------- the file
 
 
-def save(path, state):
-    """Write `state` to `path`, whole or not at all."""
+def save(path: Path | str, state: dict[str, Any]) -> None:
+    """Write `state` to `path`, whole or not at all. A UserError says why it could not be written."""
     try:
         with replacing(path) as (file,):
             try:
                 torch.save({"format": FORMAT, **state}, file)
             except RuntimeError as error:
-                # torch's zip writer raises one of its own while it handles a failed write.
+                # torch's zip writer raises an error of its own while it handles a failed write.
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     except UserError as error:
         raise UserError(f"{error}; what {path} held is kept") from None
 
 
-def load(path):
-    """The checkpoint at `path`, ours or nanoGPT's, as a dict with the keys above and its tensors on the CPU."""
+def load(path: Path | str) -> dict[str, Any]:
+    """The checkpoint at `path`, ours or nanoGPT's, as a dict with the keys above and its tensors on the CPU.
+
+    A UserError says in what way the file is damaged, foreign or too new.
+    """
     path = Path(path)
+    state = _read(path)
+    if isinstance(state, dict) and state.keys() >= NANOGPT_KEYS:
+        return {"format": FORMAT, **from_nanogpt(state, path)}
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"{path}: not a checkpoint of quill's or nanoGPT's")
+    if not isinstance(state["format"], int) or state["format"] > FORMAT:
+        raise UserError(f"{path}: format {state['format']}, but this quill reads up to {FORMAT}; update quill")
+    _require(state, SAMPLE_KEYS, path)
+    for key, kind, name in (("config", dict, "a dict"), ("vocab_size", int, "an int"), ("model", dict, "a dict")):
+        if not isinstance(state[key], kind):
+            raise UserError(f"{path}: damaged: {key} must be {name}, not {type(state[key]).__name__}")
+    return state
+
+
+def _read(path):
+    """Verify the checksums of the file `path` and unpickle it, tensors and plain values only."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums that it writes
+            damaged = archive.testzip()  # torch does not verify the checksums that it writes
         if damaged is None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values, which could run code; not opened") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
     except Exception:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: truncated, damaged, or not a checkpoint at all") from None
-    if damaged is not None:
-        raise UserError(f"{path}: damaged ({damaged} fails its checksum); use another checkpoint")
-    if isinstance(state, dict) and {"model_args", "model"} <= state.keys():
-        return _from_nanogpt(state, path)
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path}: not a checkpoint of quill's or nanoGPT's")
-    if not isinstance(state["format"], int) or state["format"] > FORMAT:
-        raise UserError(f"{path}: format {state['format']}, but this quill reads up to {FORMAT}; update quill")
-    _require(state, SAMPLE_KEYS, path)
-    kinds = {"config": dict, "vocab_size": int, "model": dict}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(state[key], kind)]:
-        raise UserError(f"{path}: damaged: {', '.join(wrong)} is not what it should be")
-    return state
+    raise UserError(f"{path}: damaged ({damaged} fails its checksum); use another checkpoint")
 
 
 def _require(state, keys, path):
@@ -83,18 +97,24 @@ def _require(state, keys, path):
         raise UserError(f"{path}: not a whole checkpoint: {', '.join(missing)} missing")
 
 
-def load_model(state, path):
-    """The model of a loaded checkpoint, on the CPU: its averaged weights where it has them."""
+def load_model(state: dict[str, Any], path: Path | str) -> GPT:
+    """The model of a loaded checkpoint, on the CPU, with its averaged weights where it has them."""
     try:
-        shape = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
-        model = GPT(ModelConfig(**shape), state["vocab_size"])
+        config = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
+        model = GPT(ModelConfig(**config), state["vocab_size"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: the shape of its model makes no sense: {str(error).splitlines()[0]}") from None
-    load_weights(model, state["model"] if state["ema"] is None else state["ema"], path)
+    load_weights(model, weights_to_sample(state), path)
     return model
 
 
-def load_weights(model, weights, path):
+def weights_to_sample(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint's samples and evaluations use: their moving average, if the run has one."""
+    return state["model"] if state["ema"] is None else state["ema"]
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Copy `weights` into `model`. A UserError if they have other names or shapes, or are not finite."""
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -104,8 +124,8 @@ def load_weights(model, weights, path):
         raise UserError(f"{path}: its weights are not finite; use an earlier checkpoint")
 
 
-def load_optimizer(optimizer, saved):
-    """The saved moments, with the settings that this run was given."""
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restore the saved moments, but keep the settings that `optimizer` has, because a resume may change them."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
@@ -118,36 +138,24 @@ def load_optimizer(optimizer, saved):
 # ---------------------------------------------------------------- a run's start
 
 
-def start(from_file, flags):
-    """Options from a config file and from flags → (config, all the run's flags, checkpoint to start from or None)."""
+def resolve_start(
+    from_file: dict[str, Any], flags: dict[str, Any]
+) -> tuple[TrainConfig, dict[str, Any], dict[str, Any] | None]:
+    """The options of a config file and the flags → config, all the run's flags, the checkpoint to start from or None.
+
+    A UserError says which option contradicts the checkpoint, or that out_dir holds another run.
+    """
     given = from_file | flags
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     init_from = given.get("init_from", TrainConfig.init_from)
-    # Both are whole states; best.pt comes alone when a run is killed in its very first save.
-    held = [path for path in (Path(out_dir) / "last.pt", Path(out_dir) / "best.pt") if path.is_file()]
+    # Both files hold a whole state. A run that is killed in its very first save leaves best.pt alone.
+    held = [path for path in (out_dir / "last.pt", out_dir / "best.pt") if path.is_file()]
     if init_from == "auto":
         init_from = "resume" if held else "scratch"
 
     # 1. resume: the run's own options, then what is given again.
     if init_from == "resume":
-        if not held:
-            theirs = Path(out_dir) / "ckpt.pt"
-            other = f"nanoGPT's {theirs} can be fine-tuned with --init_from={theirs}" if theirs.is_file() else ""
-            raise UserError(f"{out_dir}: nothing to resume; {other or 'start the run with --init_from=scratch'}")
-        state = load(held[0])
-        _require(state, RESUME_KEYS, held[0])
-        old_flags = {key: value for key, value in state["flags"].items() if key in from_file and key not in flags}
-        for key in sorted(key for key, value in old_flags.items() if value != from_file[key]):
-            note(f"note: {key}={old_flags[key]} was a flag of this run's, which the config file does not undo")
-        given = {key: value for key, value in given.items() if key not in old_flags}
-        _refuse_changes(given, _fixed(state, SHAPE | {"optimizer"}), held[0])
-        known = {f.name for f in fields(TrainConfig)}
-        base = {key: value for key, value in state["config"].items() if key in known}
-        config = TrainConfig(**(base | given | {"init_from": "resume", "out_dir": out_dir}))
-        if (config.ema_decay > 0) != (state["ema"] is not None):
-            was = state["config"]["ema_decay"]
-            raise UserError(f"--ema_decay={config.ema_decay}: {held[0]} has ema_decay={was}; on or off can't change")
-        return config, state["flags"] | flags, state
+        return _resume(from_file, flags, held)
 
     if held and not any(given.get(key) for key in ("overwrite", "eval_only", "dry_run")):
         raise UserError(
@@ -159,17 +167,41 @@ def start(from_file, flags):
     if init_from == "scratch":
         return TrainConfig(**(given | {"init_from": "scratch"})), flags, None
 
-    # 3. a checkpoint to fine-tune: its shape and weights. All else, the optimizer too, starts anew.
+    # 3. fine-tune: the checkpoint's architecture and weights. All else, the optimizer too, starts anew.
     if init_from.startswith("gpt2"):
         raise UserError(f"--init_from={init_from}: GPT-2's weights are not read; give scratch, resume or a checkpoint")
     state = load(init_from)
-    shape = _fixed(state, SHAPE)
-    _refuse_changes(given, shape, init_from)
-    return TrainConfig(**(given | shape)), flags, state
+    architecture = _values(state, ARCHITECTURE_KEYS)
+    _refuse_changes(given, architecture, init_from)
+    return TrainConfig(**(given | architecture)), flags, state
 
 
-def _fixed(state, keys):
-    """A checkpoint's values of `keys`; of an option that it is too old to know, the default."""
+def _resume(from_file, flags, held):
+    given = from_file | flags
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    if not held:
+        theirs = Path(out_dir) / "ckpt.pt"
+        other = f"nanoGPT's {theirs} can be fine-tuned with --init_from={theirs}" if theirs.is_file() else ""
+        raise UserError(f"{out_dir}: nothing to resume; {other or 'start the run with --init_from=scratch'}")
+    path = held[0]
+    state = load(path)
+    _require(state, RESUME_KEYS, path)
+    old_flags = {key: value for key, value in state["flags"].items() if key in from_file and key not in flags}
+    for key in sorted(key for key, value in old_flags.items() if value != from_file[key]):
+        note(f"note: {key}={old_flags[key]} was a flag of this run, which the config file does not undo")
+    given = {key: value for key, value in given.items() if key not in old_flags}
+    _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer"}), path)
+    known = {f.name for f in fields(TrainConfig)}
+    saved = {key: value for key, value in state["config"].items() if key in known}
+    config = TrainConfig(**(saved | given | {"init_from": "resume", "out_dir": out_dir}))
+    if (config.ema_decay > 0) != (state["ema"] is not None):
+        was = state["config"]["ema_decay"]
+        raise UserError(f"--ema_decay={config.ema_decay}: {path} has ema_decay={was}; on or off can't change")
+    return config, state["flags"] | flags, state
+
+
+def _values(state, keys):
+    """A checkpoint's values of the options `keys`; where it is too old to know one, the default."""
     return {key: state["config"].get(key, getattr(TrainConfig, key)) for key in keys}
 
 
@@ -179,8 +211,8 @@ def _refuse_changes(given, fixed, path):
             raise UserError(f"{key}={given[key]}: {path} has {key}={fixed[key]}, which can't change; leave {key} out")
 
 
-def claim(config):
-    """Take possession of out_dir for as long as the process lives; a fresh run takes the place of what is there."""
+def lock_out_dir(config: TrainConfig) -> None:
+    """Lock out_dir for as long as the process lives. A fresh run deletes the files of the run that it replaces."""
     folder = Path(config.out_dir)
     lock_folder(folder)
     if config.init_from != "resume":
@@ -190,38 +222,9 @@ def claim(config):
             path.unlink()
 
 
-def check_vocabulary(state, dataset):
-    """A checkpoint goes on with the vocabulary that it was trained on."""
+def check_vocabulary(state: dict[str, Any], dataset: Dataset) -> None:
+    """A UserError if the checkpoint was trained on another vocabulary than the dataset's."""
     tokenizer = dataset.tokenizer
-    unknown = state["tokenizer"] is None  # nanoGPT's: its size has to do
+    unknown = state["tokenizer"] is None  # nanoGPT's checkpoints know its size only
     if state["vocab_size"] != tokenizer.vocab_size or not (unknown or state["tokenizer"] == tokenizer.to_json()):
         raise UserError(f"--dataset={dataset.name}: its vocabulary is not the one that the checkpoint was trained on")
-
-
-# ---------------------------------------------------------------- nanoGPT
-
-
-def _from_nanogpt(state, path):
-    """nanoGPT's ckpt.pt → ours: same names and shapes, less torch.compile's prefix and the attention's mask buffers."""
-    shape = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
-    try:
-        weights = {}
-        for name, tensor in state["model"].items():
-            name = name.removeprefix("_orig_mod.").removeprefix("module.")
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):
-                weights[name] = tensor
-        return {
-            "format": FORMAT,
-            "config": {
-                **{key: state["model_args"][key] for key in shape},
-                "dataset": state.get("config", {}).get("dataset", ""),
-            },
-            "vocab_size": state["model_args"]["vocab_size"],
-            "tokenizer": None,
-            "model": weights,
-            "ema": None,
-            "step": state.get("iter_num", 0),
-            "best_val_loss": float(state.get("best_val_loss", "inf")),
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: looks like nanoGPT's, but something is amiss: {error}") from None

@@ -1,13 +1,23 @@
-"""The learning-rate schedule, which parameter gets which optimizer, and a faster Muon. The loop is train.py's."""
+"""The learning-rate schedule, the choice of an optimizer for each parameter, and a faster Muon."""
+
+from __future__ import annotations
 
 import math
 from collections import defaultdict
 
 import torch
+from torch import nn
+
+from quill.options import TrainConfig
 
 
-def learning_rate(step, config):
-    """The learning rate of a step, counted from 0: linear warm-up, then the schedule down to min_lr."""
+def lr_multiplier(step: int, config: TrainConfig) -> float:
+    """The fraction of its peak learning rate that each optimizer uses at `step`, counted from 0."""
+    return learning_rate(step, config) / config.learning_rate
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """AdamW's learning rate at `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
@@ -22,7 +32,7 @@ def learning_rate(step, config):
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
-def make_optimizers(model, config):
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[tuple[torch.optim.Optimizer, float]]:
     """→ [(optimizer, its peak learning rate)]. Every parameter is in exactly one group; only matrices decay."""
     muon, decay, no_decay = [], [], []
     for name, parameter in model.named_parameters():
@@ -35,23 +45,26 @@ def make_optimizers(model, config):
     adamw = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True
     )
-    optimizers = [(adamw, config.learning_rate)]
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, config.learning_rate)]
     if muon:
-        # 4 steps train as well as torch's 5 (docs/records.md), 3 and 2 do not.
+        # 4 steps train as well as torch's 5 (docs/records/), 3 and 2 do not.
         settings = {"momentum": config.muon_momentum, "weight_decay": config.weight_decay, "ns_steps": 4}
         optimizers.append((BatchedMuon(muon, config.muon_learning_rate, **settings), config.muon_learning_rate))
+    covered = [id(p) for optimizer, _ in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter must be in exactly one group"
     return optimizers
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024), taking all matrices of one shape at once, and orthogonalizing in float32.
+    """torch.optim.Muon (Jordan et al. 2024) for all matrices of one shape at once, orthogonalized in float32.
 
-    One by one, the small matrices of a small GPT take longer than their gradients did; and where the hardware has no
-    bfloat16, which torch's uses, emulating it takes longer than the whole rest of a step.
+    One by one, the small matrices of a small GPT take longer than their gradients did. torch's Muon computes in
+    bfloat16, and where the hardware lacks it, the emulation takes longer than the rest of a step.
     """
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape = defaultdict(list)  # a tall matrix counts as its transpose
             for parameter in group["params"]:
@@ -74,18 +87,20 @@ class BatchedMuon(torch.optim.Muon):
                     parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
-def orthogonalize(matrices, coefficients, steps, eps):
+def orthogonalize(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
     """Move the singular values of `matrices` (N, rows, columns), rows ≤ columns, towards 1. → the same shape
 
-    Newton-Schulz iteration with a polynomial of degree 5, x ← (a + b x xᵀ + c (x xᵀ)²) x. Its factors need of x only
-    the Gram matrix x xᵀ, (rows, rows), so they are multiplied up by themselves, and x comes in at both ends alone. That
-    is safe in few steps and float32 (or TF32): errors in the Gram matrix grow by a² ≈ 12 a step.
+    Newton-Schulz iteration with a polynomial of degree 5, x ← (a + b x xᵀ + c (x xᵀ)²) x. Each factor depends only on
+    the Gram matrix x xᵀ (rows, rows): multiply the factors first, and apply them to x once. That is safe for few steps
+    in float32 (or TF32): errors in the Gram matrix grow by a² ≈ 12 a step.
     """
     a, b, c = coefficients
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     gram = x @ x.mT
-    # Brings the largest singular value nearer to 1 than ‖x‖ = 1 does, for which it is √‖x xᵀ‖ at most. That is
-    # rows^-¼ or more, but for a matrix that vanishes, which is to stay small.
+    # ‖x‖ = 1 bounds the largest singular value, and √‖x xᵀ‖ bounds it more closely. It is at least rows^-¼, except for
+    # a matrix that vanishes, which must stay small.
     bound = gram.norm(dim=(1, 2), keepdim=True).sqrt().clamp(min=gram.size(-1) ** -0.25)
     gram = gram / bound.square()
     product = None

@@ -21,7 +21,6 @@ import torch
 from quill.data.batches import Batches
 from quill.data.token_files import joined
 from quill.errors import UserError
-from quill.observers.console import perplexity
 
 CONTEXT_WIDTH = 20  # columns of context in a row
 SHOWN = 5  # likeliest tokens in a row
@@ -86,6 +85,11 @@ def score(model, tokenizer, ids, temperature, device):
         for context, top_logprobs, top_ids, token, loss in zip(*columns, strict=True):
             likeliest = [(names[i], math.exp(logprob)) for i, logprob in zip(top_ids, top_logprobs, strict=True)]
             yield Row(context_tail(context, tokenizer), likeliest, names[token], math.exp(-loss), loss)
+
+
+def perplexity(loss):
+    """e to the power of a loss in nats; inf where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def totals(losses, characters):

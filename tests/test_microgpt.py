@@ -17,9 +17,11 @@ from model import GPT
 from quill.cli import read_config_file
 from quill.data.batches import Batches
 from quill.data.tokenizers import CharTokenizer
+from quill.generation import generate
 from quill.machine import Machine
 from quill.optimizer import learning_rate, make_optimizers
 from quill.options import TrainConfig
+from quill.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 CONFIG = TrainConfig(**read_config_file(ROOT / "config" / "microgpt.py", TrainConfig))
@@ -187,8 +189,10 @@ def test_five_steps_agree_with_train_step():
     cpu = torch.device("cpu")
     settings = {"rows": CONFIG.batch_size, "micro_rows": CONFIG.batch_size, "seed": CONFIG.seed, "device": cpu}
     batches = Batches(tokens, TOKENIZER.bos, CONFIG.block_size, **settings)
-    machine = Machine(rank=0, world=1, device=cpu, dtype=torch.float32, name="cpu")  # float32: no autocast
-    optimizers, scaler = make_optimizers(model, CONFIG), torch.amp.GradScaler("cpu", enabled=False)
+    machine = Machine(device=cpu, dtype=torch.float32, name="cpu")  # float32: no autocast
+    state = TrainState(CONFIG, {}, CharTokenizer(TOKENIZER.chars, True), machine)
+    state.model = state.train_model = model
+    state.optimizers = make_optimizers(model, CONFIG)
     scalar = parameters(weights)
     m, v = [0.0] * len(scalar), [0.0] * len(scalar)
     seen = set()
@@ -202,7 +206,8 @@ def test_five_steps_agree_with_train_step():
         before = scalar[0].data, scalar[-1].data
         scalar_gpt.adam_step(scalar, m, v, step)
         assert before != (scalar[0].data, scalar[-1].data) and not any(value.grad for value in scalar)
-        loss, _, total = train.train_step(model, batches, step, optimizers, scaler, CONFIG, machine)
+        total = train.train_step(state, batches, CONFIG, machine)
+        loss, _ = state.pending[-1]
         assert total == predicted == len(name) + 1
         assert loss.item() == pytest.approx(scalar_loss.data, abs=1e-6)  # summed up in float32
         for key, parameter in model.named_parameters():
@@ -223,10 +228,10 @@ def test_the_learning_rate_falls_to_zero_in_both():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_likeliest_document_is_torchs(seed):
-    """Sampling almost without temperature, beside GPT.generate without any."""
+    """Sampling almost without temperature, beside `generate` at temperature 0."""
     weights, model = make(std=0.6, seed=seed)
     text = scalar_gpt.sample(weights, TOKENIZER, random.Random(0), temperature=1e-6)
-    ids = model.generate(torch.tensor([[TOKENIZER.bos]]), 16, temperature=0, stop_token=TOKENIZER.bos)[0].tolist()
+    ids = generate(model, torch.tensor([[TOKENIZER.bos]]), 16, temperature=0, stop_token=TOKENIZER.bos)[0].tolist()
     assert text == "".join(TOKENIZER.chars[i] for i in ids if i != TOKENIZER.bos)
 
 

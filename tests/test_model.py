@@ -1,13 +1,16 @@
-"""model.py against an independent float64 reference, and the properties a GPT must have."""
+"""model.py against an independent float64 reference, the properties a GPT must have, and the file on its own."""
 
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import numpy_gpt
 import pytest
 import torch
 
-from model import GPT, Dropout, Linear, sample_token
+from model import GPT
 from quill.options import ModelConfig
 
 V = 11
@@ -83,7 +86,7 @@ def test_logits_loss_and_gradients_agree_with_numpy(shape, device):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_causality_by_gradients(shape, device):
-    """The logits at t depend on the inputs up to t (all of them, where there is attention) and on none behind it."""
+    """The logits at t depend on the inputs up to t (all of them, where there is attention) and on none after it."""
     model = make(std=0.25, device=device, **shape)
     if model.config.n_layer == 0:
         with torch.no_grad():
@@ -98,114 +101,6 @@ def test_causality_by_gradients(shape, device):
         model(idx)[0][0, t].square().sum().backward()
         reach = inputs[0].grad[0].abs().amax(dim=-1)
         assert (reach[: t + 1] > 0).all() and (reach[t + 1 :] == 0).all()
-
-
-@pytest.mark.parametrize("rows", [(1, 1), (1, 32), (3, 5), (33, 1)], ids=str)
-@pytest.mark.parametrize("out", [384, 65, 37, 1])  # even, odd, a prime beyond 32, and the smallest
-def test_the_linear_of_few_rows_is_a_linear(rows, out, monkeypatch):
-    """fp32, against float64: what is rounded differently is still the same product, and so are its gradients."""
-    taken, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: taken.append(1) or bmm(*args))
-    torch.manual_seed(rows[0])
-    x = torch.randn(*rows, 48, requires_grad=True)
-    linear = Linear(48, out).eval()
-    grad = torch.randn(*rows, out)
-    y = linear(x)
-    y.backward(grad)
-    assert len(taken) == (rows[0] * rows[1] <= 32)
-    weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
-    torch.testing.assert_close(y.double(), x.detach().double() @ weight.T + bias, atol=1e-5, rtol=0)
-    torch.testing.assert_close(x.grad.double(), grad.double() @ weight, atol=2e-5, rtol=0)
-    expected = (grad.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1), grad.double().sum((0, 1)))
-    torch.testing.assert_close((linear.weight.grad.double(), linear.bias.grad.double()), expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("position", ["learned", "rope", "none"])
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "none"])
-def test_cached_generation_is_uncached_generation(position, norm, device):
-    model = make(std=0.5, position=position, norm=norm, device=device)
-    for length in (1, 8, 20):  # short, a block, longer than a block
-        prompt = tokens(3, length, device=device)
-        for options in ({"temperature": 0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.9}):
-            out = [
-                model.generate(
-                    prompt, 30, generator=torch.Generator(device).manual_seed(5), use_cache=cached, **options
-                )
-                for cached in (True, False)
-            ]
-            assert torch.equal(*out) and out[0].shape == (3, prompt.size(1) + 30)
-            assert torch.equal(out[0][:, : prompt.size(1)], prompt)
-
-
-def test_generation_goes_on_from_the_last_half_block():
-    """The policy for a full context, against a loop that spells it out."""
-    model = make(std=0.5)
-    out = tokens(1, 3)
-    context = out
-    with torch.no_grad():
-        for _ in range(25):
-            if context.size(1) > 8:
-                context = context[:, -4:]
-            token = model(context)[0][:, -1].argmax(dim=-1, keepdim=True)
-            out, context = torch.cat([out, token], 1), torch.cat([context, token], 1)
-    assert torch.equal(model.generate(tokens(1, 3), 25, temperature=0), out)
-
-
-def test_a_row_of_a_batch_is_the_row_alone():
-    model = make(std=0.5)
-    prompt = tokens(4, 3)
-    together = model.generate(prompt, 20, temperature=0)
-    alone = torch.cat([model.generate(row[None], 20, temperature=0) for row in prompt])
-    assert torch.equal(together, alone)
-
-
-def test_stop_token_fills_up_and_ends():
-    model = make(std=0.5)
-    seen = []
-    out = model.generate(
-        tokens(6, 2), 200, stop_token=3, generator=torch.Generator().manual_seed(0), on_token=lambda t: seen.append(t)
-    )
-    new = out[:, 2:]
-    assert (new == 3).any(dim=1).all() and new.size(1) < 200 and len(seen) == new.size(1)
-    assert torch.equal(torch.stack(seen, 1), new)
-    lengths = []
-    for row in new:
-        first = (row == 3).nonzero()[0, 0]
-        assert (row[first:] == 3).all()
-        lengths.append(first.item())
-    assert max(lengths) == new.size(1) - 1 and min(lengths) < max(lengths)
-
-
-def test_generation_leaves_the_mode_as_it_was_and_uses_no_dropout():
-    model = make(std=0.5, dropout=0.5).train()
-    out = [model.generate(tokens(1, 2), 20, temperature=0) for _ in range(2)]
-    assert model.training and torch.equal(*out)
-
-
-def test_sampling_follows_the_distribution(device):
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], device=device).expand(200_000, -1)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def frequencies(**options):
-        drawn = sample_token(logits, generator=generator, **options).cpu()
-        return torch.bincount(drawn, minlength=4) / len(drawn)
-
-    def expected(weights):
-        return torch.tensor(weights) / sum(weights)
-
-    e = math.e
-    cases = [
-        ({}, [e**2, e, 1, 1 / e]),
-        ({"temperature": 0.5}, [e**4, e**2, 1, e**-2]),
-        ({"top_k": 2}, [e**2, e, 0, 0]),
-        ({"top_k": 99}, [e**2, e, 1, 1 / e]),
-        ({"top_p": 0.65}, [e**2, e, 0, 0]),  # the likeliest holds 0.644
-        ({"top_p": 0.64}, [1, 0, 0, 0]),
-        ({"top_p": 1.0}, [e**2, e, 1, 1 / e]),
-        ({"temperature": 0}, [1, 0, 0, 0]),
-    ]
-    for options, weights in cases:
-        torch.testing.assert_close(frequencies(**options), expected(weights), atol=0.005, rtol=0)
 
 
 def test_one_batch_overfits():
@@ -254,41 +149,6 @@ def test_untrained_loss_is_that_of_guessing():
     assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(65), abs=0.05)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_zeroes_its_share_evenly_and_keeps_the_mean(p):
-    torch.manual_seed(0)
-    dropout = Dropout(p).train()
-    x = torch.ones(1000, 1003, requires_grad=True)
-    y = dropout(x)
-    kept = y != 0
-    assert kept.float().mean().item() == pytest.approx(1 - p, abs=0.002)
-    assert y[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-4)
-    for axis in (0, 1):  # no row, no column and no neighbour is favoured
-        share = kept.float().mean(dim=axis)
-        assert share.std().item() == pytest.approx(math.sqrt(p * (1 - p) / 1000), rel=0.15)
-    flat = kept.flatten().double() - (1 - p)
-    for lag in (1, 2, 3, 4, 8):
-        assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4 * p * (1 - p) / 1000
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-
-
-def test_attention_by_hand_is_the_fused_one():
-    """In training on a CPU; the gradient too. bfloat16 has 8 bits."""
-    torch.manual_seed(0)
-    attention = make(std=0.25).transformer["h"][0].attn
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 0.02)):
-        q, k, v = (torch.randn(2, 2, 8, 8, dtype=dtype, requires_grad=True) for _ in range(3))
-        fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        expected = torch.autograd.grad(fused.square().sum(), (q, k, v))
-        attention.train()
-        attention.attn_dropout = Dropout(2**-16)  # the smallest there is: by hand, and almost never anything to see
-        by_hand = attention.attend(q, k, v) * (1 - 2**-16)
-        torch.testing.assert_close(by_hand, fused, atol=tolerance, rtol=tolerance)
-        for got, wanted in zip(torch.autograd.grad(by_hand.square().sum(), (q, k, v)), expected, strict=True):
-            torch.testing.assert_close(got, wanted, atol=5 * tolerance, rtol=5 * tolerance)
-
-
 def test_dropout_is_on_in_training_only():
     torch.manual_seed(0)
     model = make(std=0.4, dropout=0.3)
@@ -316,15 +176,6 @@ def test_attention_dropout_is_its_own():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48), (1, 2, 3, 48)], ids=str)
-def test_the_linear_takes_the_shapes_of_a_linear(shape):
-    linear = Linear(48, 10).eval()
-    x = torch.randn(shape)
-    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x).dtype == torch.bfloat16
-
-
 def test_init_std_is_every_matrix_s():
     """Within 3 % of 0.08, on 64² numbers or more; unset, 0.02, and 0.02 / √(2 · 2) at the end of a branch."""
     torch.manual_seed(0)
@@ -336,3 +187,78 @@ def test_init_std_is_every_matrix_s():
         if parameter.dim() == 2:
             expected = 0.01 if name.endswith("c_proj.weight") else 0.02
             assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+def test_generate_is_a_loop_over_the_whole_model():
+    """Spelled out, with the policy for a full context: continue from the last half block. Greedy, by top_k=1."""
+    model = make(std=0.5)
+    out = context = tokens(1, 3)
+    with torch.no_grad():
+        for _ in range(25):
+            if context.size(1) > 8:
+                context = context[:, -4:]
+            token = model(context)[0][:, -1].argmax(dim=-1, keepdim=True)
+            out, context = torch.cat([out, token], 1), torch.cat([context, token], 1)
+    assert torch.equal(model.generate(tokens(1, 3), 25, top_k=1), out)
+
+
+def test_generate_follows_temperature_and_top_k():
+    """Frequencies of the first token over 20,000 rows, against softmax(logits / T) over the k likeliest."""
+    model, prompt = make(std=0.5), tokens(1, 3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits = model(prompt)[0][0, -1]
+    for temperature, top_k in ((1.0, None), (0.5, None), (2.0, 3), (1.0, 99)):
+        drawn = model.generate(prompt.expand(20_000, -1), 1, temperature, top_k)[:, -1]
+        kept = logits.topk(min(top_k or V, V)).indices
+        expected = torch.zeros(V, dtype=logits.dtype)
+        expected[kept] = (logits[kept] / temperature).softmax(0)
+        torch.testing.assert_close(torch.bincount(drawn, minlength=V) / 20_000, expected.float(), atol=0.015, rtol=0)
+
+
+ALONE = """
+import dataclasses, sys, torch
+from model import GPT
+
+@dataclasses.dataclass
+class Config:
+    block_size: int = 8
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 32
+    dropout: float = 0.0
+    attention_dropout: float | None = None
+    bias: bool = False
+    norm: str = "layernorm"
+    norm_embedding: bool = False
+    norm_final: bool = True
+    activation: str = "gelu"
+    position: str = "learned"
+    mlp_ratio: float = 4.0
+    residual: bool = True
+    tie_weights: bool = True
+    qk_norm: bool = False
+    init_std: float | None = None
+
+torch.manual_seed(0)
+model = GPT(Config(), 10)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+text = torch.arange(64).remainder(10).expand(4, -1)
+for _ in range(60):
+    loss = model(text[:, :8], text[:, 1:9])[1]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print(loss.item())
+print(model.eval().generate(text[:1, :2], 6, top_k=1)[0].tolist())
+print("quill" in sys.modules)
+"""
+
+
+def test_the_file_alone_trains_and_generates(tmp_path):
+    """Copied into an empty folder, with a dataclass of its own: it learns to count."""
+    shutil.copy(sys.modules["model"].__file__, tmp_path)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loss, text, needs_quill = done.stdout.splitlines()
+    assert float(loss) < 0.2 and text == "[0, 1, 2, 3, 4, 5, 6, 7]" and needs_quill == "False"

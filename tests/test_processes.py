@@ -57,7 +57,7 @@ def test_exit_code_of_a_signal(flags, tmp_path, number, code):
             break
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and err == "" and "go on with --init_from=resume" in out
+    assert process.returncode == code and err == "" and "continue with --init_from=resume" in out
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 50
 
 
@@ -158,9 +158,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit
         "import resource, signal, train\nfrom quill.cli import run\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "step = train.train_step\n"
-        "def tight(*args):\n"
-        f"    if args[2] == 30: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "    return step(*args)\n"
+        "def tight(state, *args):\n"
+        f"    if state.progress.step == 30: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "    return step(state, *args)\n"
         "train.train_step = tight\nrun(train.main)\n"
     )
     done = command("-c", code, *flags(), check=2)

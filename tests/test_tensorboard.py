@@ -157,7 +157,7 @@ def test_attention_maps_times_values_are_what_the_model_computes(position, qk_no
     model = GPT(ModelConfig(**shape, position=position, qk_norm=qk_norm), 50)
     idx = torch.randint(50, (1, 17))
     maps = attention_maps(model, idx)
-    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     values, mixed = [], []
     for block in model.eval().transformer.h:
         block.attn.c_attn.register_forward_hook(lambda module, args, y: values.append(y[0, :, 64:]))
@@ -203,10 +203,10 @@ def test_a_resumed_run_has_every_point_once(flags, tmp_path, monkeypatch, next_s
     """After points behind the checkpoint, which a crash has left; and with an option that the resume has changed."""
     step = train.train_step
 
-    def dies(*args):
-        if args[2] == 35:
+    def dies(state, *args):
+        if state.progress.step == 35:
             raise KeyboardInterrupt
-        return step(*args)
+        return step(state, *args)
 
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -19,8 +19,8 @@ from model import GPT
 from quill import checkpoint
 from quill.errors import UserError
 from quill.machine import pick_machine
-from quill.optimizer import make_optimizers
 from quill.options import TrainConfig
+from quill.state import TrainState
 
 
 def run(flags):
@@ -111,10 +111,10 @@ def test_a_signal_ends_the_step_saves_and_resumes(flags, tmp_path, monkeypatch, 
     run(whole)
     step = train.train_step
 
-    def signalled(*args):
-        if args[2] == 26:
+    def signalled(state, *args):
+        if state.progress.step == 26:
             os.kill(os.getpid(), number)
-        return step(*args)
+        return step(state, *args)
 
     monkeypatch.setattr(train, "train_step", signalled)
     before = signal.getsignal(number)
@@ -144,7 +144,9 @@ def test_accumulation_is_the_large_batch(flags, tmp_path):
 def test_exactly_max_iters_steps_and_a_checkpoint_for_the_shortest_run(flags, monkeypatch):
     steps = []
     step = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *args: steps.append(args[2]) or step(*args))
+    monkeypatch.setattr(
+        train, "train_step", lambda state, *args: steps.append(state.progress.step) or step(state, *args)
+    )
     run(flags(max_iters=3))
     assert steps == [0, 1, 2] and last(flags())["step"] == 3 and (out_dir(flags()) / "best.pt").exists()
     assert [row[0] for row in rows(flags())] == ["step", "3"]
@@ -241,7 +243,8 @@ def test_eval_only_gives_the_checkpoints_loss(flags, capsys):
 def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
     config = TrainConfig(**train.read_args(flags(dataset=dataset), TrainConfig, "")[1])
     machine = pick_machine(config)
-    data, _, val = train.open_data(config, machine)
+    opened = train.open_data(config, machine)
+    data = opened.dataset
     torch.manual_seed(0)
     model = GPT(config, data.tokenizer.vocab_size)
     tokens = np.array(data.val)
@@ -258,7 +261,7 @@ def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
         total += torch.nn.functional.cross_entropy(logits[0], piece[0, 1:], reduction="sum").item()
         count += piece.size(1) - 1
     assert count == (len(tokens) - 1 if dataset == "prose" else len(tokens))
-    assert train.evaluate(model, val, config, machine) == pytest.approx(total / count, abs=1e-6)
+    assert train.evaluate(model, opened.val_batches, config, machine) == pytest.approx(total / count, abs=1e-6)
     assert model.training
 
 
@@ -266,17 +269,17 @@ def test_a_step_is_adamw_by_formula(flags):
     """One step from zero moments, written out: w ← w (1 - lr λ) - lr g / (|g| + ε), with g clipped to norm 1."""
     config = TrainConfig(**train.read_args(flags(grad_clip=0.5), TrainConfig, "")[1])
     machine = pick_machine(config)
-    data, batches, _ = train.open_data(config, machine)
-    torch.manual_seed(0)
-    model = GPT(config, data.tokenizer.vocab_size)
+    data = train.open_data(config, machine)
+    state, batches = TrainState(config, {}, data.dataset.tokenizer, machine), data.train_batches
+    model = state.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     _, [(x, y, _)] = batches.step(0)
     loss = model(x, y)[1]
     gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
     assert norm > 0.5  # so that clipping bites
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    got, got_norm, tokens = train.train_step(model, batches, 0, make_optimizers(model, config), scaler, config, machine)
+    tokens = train.train_step(state, batches, config, machine)
+    [(got, got_norm)] = state.pending
     assert got.item() == pytest.approx(loss.item(), abs=1e-6) and got_norm.item() == pytest.approx(norm, rel=1e-5)
     assert tokens == 64
     lr = 1e-2 / 5  # the first of four warm-up steps
@@ -290,9 +293,9 @@ def test_ema_by_formula(flags, monkeypatch):
     weights = []
     step = train.train_step
 
-    def recorded(model, *args):
-        result = step(model, *args)
-        weights.append(model.lm_head.weight.detach().clone())
+    def recorded(state, *args):
+        result = step(state, *args)
+        weights.append(state.model.lm_head.weight.detach().clone())
         return result
 
     monkeypatch.setattr(train, "train_step", recorded)
@@ -307,15 +310,20 @@ def test_ema_by_formula(flags, monkeypatch):
 def test_a_non_finite_step_stops_and_keeps_the_checkpoint(flags, monkeypatch):
     step = train.train_step
 
-    def spoilt(*args):
-        loss, norm, tokens = step(*args)
-        return (loss * math.nan if args[2] == 24 else loss), norm, tokens
+    def spoilt(at, factors):
+        def spoil(state, *args):
+            tokens = step(state, *args)
+            if state.progress.step == at:
+                state.pending[-1] = tuple(map(torch.mul, state.pending[-1], factors))
+            return tokens
 
-    monkeypatch.setattr(train, "train_step", spoilt)
+        return spoil
+
+    monkeypatch.setattr(train, "train_step", spoilt(25, (math.nan, 1)))
     with pytest.raises(UserError, match="step 25: loss nan"):
         train.main(flags())
     assert last(flags())["step"] == 20 and [row[0] for row in rows(flags())] == ["step", "20"]
-    monkeypatch.setattr(train, "train_step", lambda *args: (lambda a, b, c: (a, b / 0, c))(*step(*args)))
+    monkeypatch.setattr(train, "train_step", spoilt(21, (1, math.inf)))
     with pytest.raises(UserError, match="step 21: loss .*gradient norm inf"):
         train.main(flags(init_from="resume"))
     assert last(flags())["step"] == 20
@@ -377,20 +385,22 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
     """The path of older GPUs, on a CPU."""
     config = TrainConfig(**train.read_args(flags(), TrainConfig, "")[1])
     machine = replace(pick_machine(config), dtype=torch.float16)
-    _, batches, _ = train.open_data(config, machine)
-    model = GPT(config, 13)
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
-    start = model.lm_head.weight.detach().clone()
-    train.train_step(model, batches, 0, optimizers, scaler, config, machine)
-    assert torch.equal(model.lm_head.weight, start) and scaler.get_scale() == 2.0**39
+    data = train.open_data(config, machine)
+    state = TrainState(config, {}, data.dataset.tokenizer, machine)
+    state.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    start = state.model.lm_head.weight.detach().clone()
+    train.train_step(state, data.train_batches, config, machine)
+    assert torch.equal(state.model.lm_head.weight, start) and scaler.get_scale() == 2.0**39
     scaler.update(2.0**10)
-    losses = [train.train_step(model, batches, step, optimizers, scaler, config, machine)[0] for step in range(40)]
+    state.pending.clear()
+    for _ in range(40):
+        train.train_step(state, data.train_batches, config, machine)
+    losses, _ = state.read_losses()
     assert losses[-1] < losses[0] - 0.03 and scaler.get_scale() == 2.0**10
     scaler.update(1e-5)
-    pair = (torch.tensor(1.0), torch.tensor(math.inf))
+    state.pending.append((torch.tensor(1.0), torch.tensor(math.inf)))
     with pytest.raises(UserError, match="float16"):
-        train.read_losses([pair], train.Progress(step=3), scaler, machine)
+        state.read_losses()
     monkeypatch.setattr(train, "pick_machine", lambda *args: machine)
     with pytest.raises(UserError, match="--optimizer=muon: not in float16"):
         train.main(flags(optimizer="muon"))
@@ -409,7 +419,7 @@ def test_a_config_file_does_not_undo_a_flag_and_says_so(flags, tmp_path, capsys)
     run([str(file), *flags(max_iters=2)])
     capsys.readouterr()
     run([str(file), f"--out_dir={out_dir(flags())}", "--init_from=resume", "--max_iters=3"])
-    assert "note: learning_rate=0.01 was a flag of this run's" in capsys.readouterr().err
+    assert "note: learning_rate=0.01 was a flag of this run" in capsys.readouterr().err
 
 
 def test_patience_stops_early_and_best_is_never_replaced_by_worse(flags, monkeypatch, capsys):
@@ -441,7 +451,7 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(flags, monkeypat
     expected = last(flags())["model"]
     monkeypatch.setattr(torch, "compile", compiler)
     run(flags(compile=True, overwrite=True))
-    assert "note: torch.compile failed (no compiler here); training goes on uncompiled\n" in capsys.readouterr().err
+    assert "note: torch.compile failed (no compiler here); training continues uncompiled\n" in capsys.readouterr().err
     assert same(last(flags())["model"], expected)
 
 

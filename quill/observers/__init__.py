@@ -1,1 +1,94 @@
-"""What people see of a run. Observers change nothing in it."""
+"""What people see of a run. Observers change nothing in it: a run with them equals a run without, bit for bit.
+
+The training loop tells `Observers`, which measures the speed and tells each observer in turn: metrics.csv, the console
+and, if --tensorboard=True, TensorBoard. On ranks other than 0 the list is empty.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from quill.data.batches import Batches
+from quill.generation import draw_samples
+from quill.machine import Machine
+from quill.observers.console import Console
+from quill.observers.metrics_csv import MetricsFile
+from quill.observers.observer import Evaluation, Observer, Reading
+from quill.observers.tensorboard import TensorBoard
+from quill.optimizer import learning_rate
+from quill.state import TrainState
+
+
+class Observers:
+    """All observers of a run. A `with` closes them at its end, also after an error."""
+
+    def __init__(self, state: TrainState, val_batches: Batches, machine: Machine):
+        self.state, self.config, self.machine = state, state.config, machine
+        self.tokens, self.busy = 0, 0.0  # tokens and seconds of training since the last evaluation
+        self.observers: list[Observer] = []
+        self.console = None
+        if machine.group.rank == 0:
+            step, config = state.progress.step, self.config
+            # First, because it may fail, and nothing else must have changed then.
+            board = [TensorBoard(state, val_batches)] if config.tensorboard else []
+            self.console = Console(config, step, machine, state.model.flops_per_token())
+            self.observers = [MetricsFile(config.out_dir, step), self.console, *board]
+
+    def __enter__(self) -> Observers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for observer in self.observers:
+            observer.close()
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.console:
+            self.console.say(text)
+
+    def tell(self, event: str, *args: Any) -> None:
+        """Call the method `event` of every observer."""
+        for observer in self.observers:
+            getattr(observer, event)(*args)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Speed of training since the last evaluation; evaluations are left out."""
+        return self.tokens / max(self.busy, 1e-9)
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """Tell of a training step: the tokens of its global batch, and the seconds that it took."""
+        self.tokens += tokens
+        self.busy += seconds
+        self.tell("stepped")
+
+    def read(self, losses: list[float], norms: list[float]) -> None:
+        """Tell of the losses and gradient norms of the steps since the last reading."""
+        step = self.state.progress.step
+        loss, norm = math.fsum(losses) / len(losses), math.fsum(norms) / len(norms)
+        self.tell("read", Reading(step, loss, norm, learning_rate(step - 1, self.config), self.tokens_per_s))
+
+    def evaluated(self, val_loss: float) -> None:
+        """Tell of an evaluation. On rank 0, draw the samples that its observers show."""
+        progress = self.state.progress
+        evaluation = Evaluation(
+            step=progress.step,
+            lr=learning_rate(progress.step - 1, self.config),
+            train_loss=math.fsum(progress.losses) / len(progress.losses),
+            val_loss=val_loss,
+            tokens_per_s=round(self.tokens_per_s, 1),
+            seconds=progress.seconds,
+            samples=self._draw(max(self.config.eval_samples, int(self.config.tensorboard))),
+        )
+        self.tokens, self.busy = 0, 0.0
+        self.tell("evaluated", evaluation)
+
+    def finished(self) -> None:
+        """Tell of the run's end."""
+        if self.observers:
+            self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
+
+    def _draw(self, count):
+        state = self.state
+        return draw_samples(state.eval_model, state.tokenizer, count, self.config, self.machine, state.progress.step)

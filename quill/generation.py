@@ -1,0 +1,135 @@
+"""Generation: a cache of keys and values, sampling, and one generator that yields tokens as they are drawn.
+
+    for tokens in stream_tokens(model, idx, max_new_tokens=100, temperature=0.8):
+        ...                                                              # (B,) int64, one token for each row
+
+`GPT.generate` in model.py computes the same without a cache, and is what the tests hold this file to.
+
+Shapes: B sequences in a batch, T tokens in a sequence, H heads, D = C / H, V = vocab_size.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+
+from quill.data.batches import derive_seed
+
+
+class KVCache:
+    """The keys and values that each layer has computed so far, in buffers as long as a block.
+
+    It only stores. What to do when it is full is up to `stream_tokens`.
+    """
+
+    def __init__(self, config):
+        self.length = 0  # tokens that the model has seen, also where it has no layers
+        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+
+
+class LayerCache:
+    """The part of a KVCache that belongs to one layer."""
+
+    def __init__(self, capacity):
+        self.capacity, self.length = capacity, 0
+        self.keys = self.values = None  # (B, H, capacity, D)
+
+    def append(self, k, v):
+        """Store `k`, `v` (B, H, T, D) after the tokens so far. → all keys, all values (B, H, length + T, D)"""
+        if self.keys is None:
+            B, H, _, D = k.shape
+            self.keys, self.values = k.new_empty(2, B, H, self.capacity, D)
+        T = k.size(2)
+        self.keys.narrow(2, self.length, T).copy_(k)
+        self.values.narrow(2, self.length, T).copy_(v)
+        self.length += T
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw one token for each row of `logits` (B, V). → (B,) int64. Below a temperature of 1e-6, take the likeliest.
+
+    top_k: keep the k likeliest tokens. top_p: keep the likeliest tokens that together hold that much probability, and
+    at least one (nucleus sampling, Holtzman et al. 2019).
+    """
+    if temperature < 1e-6:  # logits / temperature could be too large for float32
+        return logits.argmax(dim=-1)
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the likeliest is 0 at any temperature
+    if top_k is not None and top_k < logits.size(-1):
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        # Keep a token as long as those before it hold less than top_p.
+        ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+@contextmanager
+def eval_mode(model):
+    """Switch dropout off, and restore the model's mode at the end, also after an exception."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None, generator=None):
+    """Continue each row of `idx` (B, T), T ≥ 1, by up to `max_new_tokens` tokens. Yields (B,) int64 for each step.
+
+    A row that has drawn `stop_token` repeats it, and generation ends when every row has. temperature, top_k, top_p,
+    generator: see `sample_token`. A longer prompt is cut to its last `block_size` tokens. When the context is full,
+    generation continues from its last `block_size // 2` tokens, because positions are learned for one block only.
+    """
+    block_size = model.config.block_size
+    context = idx[:, -block_size:]  # the tokens that the next one depends on
+    new, cache = context, KVCache(model.config)  # `new`: those that the cache does not hold yet
+    done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+    with eval_mode(model):
+        for _ in range(max_new_tokens):
+            if context.size(1) > block_size:
+                context = new = context[:, -max(1, block_size // 2) :]
+                cache = KVCache(model.config)
+            hidden = model.final_hidden(new, cache)  # (B, T, C)
+            cache.length += new.size(1)
+            token = sample_token(model.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            new = token[:, None]
+            context = torch.cat([context, new], dim=1)
+            yield token
+            if stop_token is not None and done.all():
+                return
+
+
+def generate(model, idx, max_new_tokens, **options):
+    """All tokens of `stream_tokens` at once. → (B, T + new), the prompt included"""
+    return torch.stack([*idx.unbind(1), *stream_tokens(model, idx, max_new_tokens, **options)], dim=1)
+
+
+def draw_samples(model, tokenizer, count, config, machine, step):
+    """`count` texts of a training run at `step`, as config.sample_tokens and config.sample_temperature say.
+
+    Their random numbers are derived from (seed, step), so that asking for samples changes no training step.
+    """
+    if not count:
+        return []
+    generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed, step))
+    prompt = torch.from_numpy(tokenizer.prompt("")).long().to(machine.device).repeat(count, 1)
+    with machine.autocast():
+        tokens = generate(
+            model,
+            prompt,
+            config.sample_tokens,
+            temperature=config.sample_temperature,
+            stop_token=tokenizer.bos,
+            generator=generator,
+        )
+    return [tokenizer.decode(row[prompt.size(1) :]).strip() for row in tokens.tolist()]

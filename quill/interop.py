@@ -1,0 +1,39 @@
+"""Other people's names and files ↔ ours. Today: nanoGPT's checkpoints → ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quill.errors import UserError
+
+NANOGPT_KEYS = {"model_args", "model"}  # what a checkpoint of nanoGPT's holds, and ours does not
+
+
+def from_nanogpt(state: dict[str, Any], path: Path | str) -> dict[str, Any]:
+    """The content of nanoGPT's ckpt.pt → what `checkpoint.load` returns, less its format number.
+
+    Parameters have the same names and shapes. torch.compile's prefix and the mask buffers of old versions are dropped.
+    A UserError says what is missing from the file.
+    """
+    architecture = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+    try:
+        weights = {}
+        for name, tensor in state["model"].items():
+            name = name.removeprefix("_orig_mod.").removeprefix("module.")
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):
+                weights[name] = tensor
+        return {
+            "config": {
+                **{key: state["model_args"][key] for key in architecture},
+                "dataset": state.get("config", {}).get("dataset", ""),
+            },
+            "vocab_size": state["model_args"]["vocab_size"],
+            "tokenizer": None,
+            "model": weights,
+            "ema": None,
+            "step": state.get("iter_num", 0),
+            "best_val_loss": float(state.get("best_val_loss", "inf")),
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: looks like a checkpoint of nanoGPT's, but can't be read: {error}") from None

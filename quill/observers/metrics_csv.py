@@ -1,0 +1,41 @@
+"""metrics.csv: one row for each evaluation."""
+
+import csv
+from pathlib import Path
+
+from quill.errors import UserError
+from quill.files import replacing
+from quill.observers.observer import Evaluation, Observer
+from quill.scoring import perplexity
+
+COLUMNS = ("step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds")
+
+
+class MetricsFile(Observer):
+    """The file metrics.csv in out_dir, from which rows later than `step` are dropped first."""
+
+    def __init__(self, out_dir: str, step: int):
+        self.path = Path(out_dir) / "metrics.csv"
+        self._drop_rows_after(step)
+
+    def _drop_rows_after(self, step):
+        """Drop rows later than the checkpoint, which will be rerun, and any row that a crash has truncated."""
+        header, rows = ",".join(COLUMNS), []
+        if self.path.exists():
+            for row in self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+                number, *others = row.split(",")
+                if number.isdecimal() and int(number) <= step and len(others) == len(COLUMNS) - 1:
+                    rows.append(row)
+        with replacing(self.path) as (file,):
+            file.write(("\n".join([header, *rows]) + "\n").encode())
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Append a row."""
+        row = {name: getattr(evaluation, name, None) for name in COLUMNS}
+        row["perplexity"] = perplexity(evaluation.val_loss)
+        row["seconds"] = round(evaluation.seconds, 3)
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error.strerror}; the last checkpoint is kept") from None

@@ -1,0 +1,46 @@
+"""What an observer of a run is told, and when."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The training steps since the reading before: means of their losses and gradient norms, and their speed."""
+
+    step: int
+    loss: float  # nats per token
+    gradient_norm: float
+    lr: float  # of the last of these steps
+    tokens_per_s: float  # since the last evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation over the validation split, and the training since the one before."""
+
+    step: int
+    lr: float
+    train_loss: float  # the mean over every step since the evaluation before, nats per token
+    val_loss: float  # nats per token
+    tokens_per_s: float  # of training alone
+    seconds: float  # since the run began, evaluations included
+    samples: list[str]
+
+
+class Observer:
+    """Base class of all observers: each method does nothing, and a subclass overrides those that it needs."""
+
+    def stepped(self) -> None:
+        """A training step has ended. The device may still be busy with it."""
+
+    def read(self, reading: Reading) -> None:
+        """The losses have been read, every config.log_interval steps."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """The model has been evaluated. A checkpoint is written next."""
+
+    def finished(self, best_val_loss: float, samples: list[str]) -> None:
+        """The run has ended, but for a signal."""
+
+    def close(self) -> None:
+        """Release files and the terminal, also after an error."""

@@ -1,0 +1,128 @@
+"""Everything that a run resumes from, in one object: weights, their average, optimizers, scaler and progress."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from model import GPT
+from quill import checkpoint, cpu
+from quill.data.batches import derive_seed
+from quill.data.tokenizers import Tokenizer
+from quill.errors import UserError
+from quill.machine import Machine
+from quill.optimizer import make_optimizers
+from quill.options import TrainConfig
+
+
+@dataclass
+class Progress:
+    """How far a run has come, as plain values."""
+
+    step: int = 0  # optimizer steps that are done
+    best_val_loss: float = math.inf
+    evals_since_best: int = 0
+    losses: list[float] = field(default_factory=list)  # one for each step since the last row of metrics.csv
+    seconds: float = 0.0  # of training and evaluation
+
+
+class TrainState:
+    """What a run resumes from. `state_dict` is a checkpoint's content, and `load_state_dict` restores all of it.
+
+    train_model: the model as a training step calls it, which may be compiled and distributed; it shares its parameters
+    with `model`. pending: the loss and the gradient norm of each step since `read_losses`, still on the device.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        flags: dict[str, Any],
+        tokenizer: Tokenizer,
+        machine: Machine,
+        saved: dict[str, Any] | None = None,
+    ):
+        self.config, self.flags, self.tokenizer, self.machine = config, flags, tokenizer, machine
+        self.progress = Progress()
+        torch.manual_seed(derive_seed("init", config.seed))
+        self.model = GPT(config, tokenizer.vocab_size)
+        # 1. resume: all of the run's state, below. 2. scratch: as initialised. 3. fine-tune: the weights alone, here.
+        if saved is not None and config.init_from != "resume":
+            checkpoint.load_weights(self.model, checkpoint.weights_to_sample(saved), config.init_from)
+        cpu.speed_up(self.model.to(machine.device))
+        self.train_model: Any = self.model
+        self.ema = None
+        if config.ema_decay:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.optimizers = make_optimizers(self.model, config)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if saved is not None and config.init_from == "resume":
+            self.load_state_dict(saved)
+
+    @property
+    def eval_model(self) -> GPT:
+        """The weights that evaluations and samples use: the moving average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint, less its format number."""
+        return {
+            "config": asdict(self.config),
+            "flags": self.flags,
+            "vocab_size": self.model.vocab_size,
+            "tokenizer": self.tokenizer.to_json(),
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            **asdict(self.progress),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. The options and the flags stay those that this run was given."""
+        self.progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+        checkpoint.load_weights(self.model, saved["model"], self.config.out_dir)
+        if self.ema is not None:
+            checkpoint.load_weights(self.ema.module, saved["ema"], self.config.out_dir)
+            self.ema.n_averaged.fill_(self.progress.step)
+        for (optimizer, _), moments in zip(self.optimizers, saved["optimizers"], strict=True):
+            checkpoint.load_optimizer(optimizer, moments)
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+
+    def read_losses(self) -> tuple[list[float], list[float]]:
+        """The losses and the gradient norms of the pending steps. A non-finite one ends the run with a UserError.
+
+        Reading makes the device wait, so this is called once for many steps, and before every save.
+        """
+        pairs = torch.stack([torch.stack(pair) for pair in self.pending]).cpu()
+        self.pending.clear()
+        pairs[:, 0] = self.machine.group.sum(pairs[:, 0].contiguous())  # each rank has its share of the loss
+        advice = "stopped, and the checkpoint before it is kept; try a lower --learning_rate or a smaller --grad_clip"
+        for step, (loss, norm) in enumerate(pairs.tolist(), self.progress.step - len(pairs) + 1):
+            # A scaler skips a step that overflows, and lowers its scale.
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
+        if self.scaler.get_scale() < 1e-4:
+            raise UserError(
+                f"step {self.progress.step}: no loss scale is small enough for float16's gradients: {advice}"
+            )
+        losses, norms = pairs.T.tolist()
+        self.progress.losses += losses
+        return losses, norms
+
+    def record(self, val_loss: float) -> bool:
+        """Note an evaluation. → whether it is the best so far"""
+        better = val_loss < self.progress.best_val_loss
+        self.progress.best_val_loss = min(val_loss, self.progress.best_val_loss)
+        self.progress.evals_since_best = 0 if better else self.progress.evals_since_best + 1
+        return better
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether config.patience evaluations in a row have brought no new best."""
+        return 0 < self.config.patience <= self.progress.evals_since_best
