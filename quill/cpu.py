@@ -71,8 +71,8 @@ def parts_of(out_features):
 class Attention(CausalSelfAttention):
     """CausalSelfAttention without torch's fused kernel where that is slow.
 
-    torch has no fused kernel with dropout on a CPU, and the gradient of its kernel for bfloat16 is slow up to a block of
-    512.
+    torch has no fused kernel with dropout on a CPU, and the gradient of its kernel for bfloat16 is slow for blocks
+    of up to 512.
     """
 
     def attend(self, q, k, v):  # noqa: D102
