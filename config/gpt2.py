@@ -1,9 +1,11 @@
-"""The shape of GPT-2's smallest model, 12 layers of 768, on a large text of your own.
+"""The shape of the smallest GPT-2, 12 layers of width 768, for many GPUs and a large text of your own.
 
     python prepare.py --input=large.txt --dataset=large --tokenizer=byte
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --dataset=large
 
-With the byte tokenizer that is 86M parameters; GPT-2's 50,257 ids make 124M. A run for GPUs, not yet measured.
+With the byte tokenizer the model has 86M parameters. With GPT-2's 50,257 ids it would have 124M.
+
+Not measured.
 """
 
 out_dir = "out/gpt2"

@@ -1,10 +1,11 @@
-"""The smallest GPT of the field, Karpathy's microgpt: 4,192 parameters, one name a step, 1,000 steps.
+"""Karpathy's microgpt, the smallest GPT: 4,192 parameters, one name a step, 1,000 steps.
 
     python train.py config/microgpt.py
 
-Four seconds on one core, to a mean loss of 2.30 to 2.37 over the last 100 steps and a validation loss of 2.38 (five
-seeds, docs/records.md); with --batch_size=32 --max_iters=10000, 35 s and 2.126. docs/scalar_gpt.py is the same model
-in plain Python, number by number.
+docs/scalar_gpt.py trains the same model in plain Python. With --batch_size=32 --max_iters=10000 the validation loss
+falls to 2.126 (n = 1).
+
+Measured: 2.2 s (1 CPU core, fp32, n = 3), validation loss 2.379 (n = 5).
 """
 
 out_dir = "out/microgpt"

@@ -1,8 +1,8 @@
-"""The embedded list of given names: a first run, with no network.
+"""A first run: the bundled list of given names, no network, 20 generated names at the end.
 
     python train.py config/names.py
 
-35 s on two CPU cores, to a validation loss of 2.34 nats a character; it ends with 20 names.
+Measured: 35 s (2 CPU cores, bf16, n = 1), validation loss 2.337 (n = 1).
 """
 
 out_dir = "out/names"

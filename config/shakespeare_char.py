@@ -1,9 +1,10 @@
-"""Tiny Shakespeare by characters with the full-size small GPT, 10.7M parameters: the run for a GPU.
+"""Tiny Shakespeare on a GPU: nanoGPT's recipe, 10.7M parameters.
 
     python train.py config/shakespeare_char.py
 
-Shape and recipe are nanoGPT's config/train_shakespeare_char.py. Not yet measured on a GPU; a matter of
-hours on two CPU cores, where a step takes about 4 s (docs/records.md).
+The shape and the recipe are those of nanoGPT's config/train_shakespeare_char.py. On two CPU cores this takes hours.
+
+Not measured.
 """
 
 out_dir = "out/shakespeare_char"

@@ -1,9 +1,11 @@
-"""Tiny Shakespeare by characters in the time of nanoGPT's laptop recipe, to a much lower loss: 0.6M parameters.
+"""Tiny Shakespeare in the time of nanoGPT's laptop recipe, to a much lower loss: 0.6M parameters.
 
     python train.py config/shakespeare_char_fast.py
 
-RoPE, QK-norm, ReLU² and Muon for as long as nanoGPT's laptop recipe takes to 1.898: two minutes on two CPU cores
-without bf16, to a validation loss of 1.594 (mean of 3 seeds; docs/records.md).
+The model uses RoPE, QK-norm and ReLU²; Muon updates the matrices of the blocks. On the same CPU, nanoGPT's laptop
+recipe takes 140 s and ends at 1.898.
+
+Measured: 124 s (2 CPU cores, fp32, n = 3), validation loss 1.594 (n = 3).
 """
 
 out_dir = "out/shakespeare_char_fast"

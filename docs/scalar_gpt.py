@@ -1,6 +1,8 @@
-"""config/microgpt.py once more, in plain Python: a GPT, the gradients of its loss, and its training, number by number.
+"""A GPT in plain Python: the model, its gradients and its training, one number at a time.
 
-    python docs/scalar_gpt.py [FILE]       # a document a line; data/names.txt if none is given. A minute
+    python docs/scalar_gpt.py [FILE]       # FILE has one document a line; the default is data/names.txt
+
+The model is that of config/microgpt.py. Training it here takes about a minute.
 
 Shapes are those of nested lists: T tokens, C = N_EMBD, D = C / N_HEAD, V = vocabulary size.
 References: GPT-2 (Radford et al. 2019), RMSNorm (Zhang & Sennrich 2019), Adam (Kingma & Ba 2015).
@@ -16,7 +18,10 @@ MAX_ITERS, LEARNING_RATE, BETA1, BETA2, EPS = 1000, 0.01, 0.85, 0.99, 1e-8
 
 
 class Value:
-    """A number, what it was computed from (children), d self / d child for each, and d loss / d self (grad)."""
+    """A number (data) that remembers what it was computed from (children).
+
+    `local_grads` has d self / d child for each child; `grad` is d loss / d self, once `backward` has run.
+    """
 
     __slots__ = ("data", "grad", "children", "local_grads")
 
@@ -49,10 +54,11 @@ class Value:
         return Value(max(0.0, self.data), (self,), (float(self.data > 0),))
 
     def backward(self):
-        """Add d self / d x to `x.grad`, for every x that self was computed from. Once for each graph.
+        """Add d self / d x to `x.grad`, for every x that self was computed from. Call it once for each graph.
 
-        The chain rule, from the result back: a Value hands its grad to its children when all that was computed from it
-        has added its share. A stack and no recursion finds that order, because Python limits the depth of recursion.
+        This is the chain rule, applied from the result backwards. A Value passes its grad on to its children only when
+        its own grad is complete, which means that every Value computed from it was visited first. The order is found
+        with a stack instead of recursion, because Python limits the depth of recursion.
         """
         order, seen, stack = [], set(), [(self, False)]
         while stack:
@@ -70,13 +76,13 @@ class Value:
 
 
 def dot(x, y):
-    """Σ x_i y_i as one Value, where + and * make two a term: most of a GPT is dot products."""
+    """Σ x_i y_i as one Value. With + and * it would be two Values for each term, and a GPT is mostly dot products."""
     a, b = [value.data for value in x], [value.data for value in y]
     return Value(sum(p * q for p, q in zip(a, b, strict=True)), (*x, *y), (*b, *a))
 
 
 class Tokenizer:
-    """A token is a character, its id its rank among them; BOS, which stands between documents, is one id more."""
+    """A token is a character; its id is its place in the sorted characters. One more id, BOS, separates documents."""
 
     def __init__(self, documents):
         self.chars = sorted(set("".join(documents)))
@@ -87,7 +93,7 @@ class Tokenizer:
 
 
 def init_weights(vocab_size, rng, std=0.08):
-    """→ {GPT-2's name: matrix, as a list of rows of Values}, all N(0, std)."""
+    """Return {GPT-2's name: matrix}. A matrix is a list of rows of Values, drawn from N(0, std)."""
     C = N_EMBD
     shapes = {"transformer.wte": (vocab_size, C), "transformer.wpe": (BLOCK_SIZE, C), "lm_head": (vocab_size, C)}
     for block in (f"transformer.h.{layer}" for layer in range(N_LAYER)):
@@ -104,7 +110,7 @@ def add(x, y):
 
 
 def linear(x, matrix):
-    """`matrix` (out, in) times `x` (in,). → (out,)"""
+    """Multiply `matrix` (out, in) by `x` (in,). → (out,)"""
     return [dot(row, x) for row in matrix]
 
 
@@ -114,62 +120,62 @@ def rms_norm(x):
 
 
 def softmax(logits):
-    largest = max(z.data for z in logits)  # shifted by a constant, softmax is the same, and exp can't overflow
+    largest = max(z.data for z in logits)  # subtracting it leaves softmax unchanged, and exp can't overflow
     exps = [(z + -largest).exp() for z in logits]
     inverse = sum(exps) ** -1
     return [e * inverse for e in exps]
 
 
 def attention(x, weights, name):
-    """Each token gathers from itself and from what came before it, N_HEAD times over. `x` (T, C) → (T, C)"""
+    """Each token gathers values from itself and the tokens before it, once for each head. `x` (T, C) → (T, C)"""
     C, D = N_EMBD, N_EMBD // N_HEAD
     qkv = [linear(token, weights[f"{name}.c_attn.weight"]) for token in x]  # (T, 3C): query, key, value
     out = []
     for t in range(len(x)):
         gathered = []
-        for i in range(0, C, D):  # where a head begins
+        for i in range(0, C, D):  # i is the first column of a head
             keys = [row[C + i : C + i + D] for row in qkv[: t + 1]]
             values = [row[2 * C + i : 2 * C + i + D] for row in qkv[: t + 1]]
-            probs = softmax([dot(qkv[t][i : i + D], key) * D**-0.5 for key in keys])  # how much of each token
+            probs = softmax([dot(qkv[t][i : i + D], key) * D**-0.5 for key in keys])  # the weight of each token
             gathered += [dot(probs, column) for column in zip(*values, strict=True)]
         out.append(linear(gathered, weights[f"{name}.c_proj.weight"]))
     return out
 
 
 def forward(ids, weights):
-    """`ids` (T,), T ≤ BLOCK_SIZE → logits (T, V): row t scores what follows token t, and depends on 0 … t only."""
+    """`ids` (T,), T ≤ BLOCK_SIZE → logits (T, V). Row t predicts token t + 1 and depends on tokens 0 to t only."""
     x = [add(weights["transformer.wte.weight"][i], weights["transformer.wpe.weight"][t]) for t, i in enumerate(ids)]
     x = [rms_norm(token) for token in x]  # (T, C)
     for block in (f"transformer.h.{layer}" for layer in range(N_LAYER)):
         gathered = attention([rms_norm(token) for token in x], weights, f"{block}.attn")
         x = [add(token, y) for token, y in zip(x, gathered, strict=True)]
-        for t, token in enumerate(x):  # the MLP: each token by itself
+        for t, token in enumerate(x):  # the MLP, applied to each token separately
             hidden = [h.relu() for h in linear(rms_norm(token), weights[f"{block}.mlp.c_fc.weight"])]  # (4C,)
             x[t] = add(token, linear(hidden, weights[f"{block}.mlp.c_proj.weight"]))
     return [linear(token, weights["lm_head.weight"]) for token in x]
 
 
 def cross_entropy(ids, weights):
-    """Mean loss in nats: of `BOS a b c BOS`, `BOS a b c` predicts `a b c BOS`; BLOCK_SIZE tokens at most."""
+    """Mean loss in nats. Of `BOS a b c BOS`, `BOS a b c` predicts `a b c BOS`; at most BLOCK_SIZE tokens are used."""
     ids = ids[: BLOCK_SIZE + 1]
     rows = zip(forward(ids[:-1], weights), ids[1:], strict=True)
     return sum(softmax(logits)[target].log() for logits, target in rows) / (1 - len(ids))
 
 
 def adam_step(parameters, m, v, step):
-    """Move `parameters` (N,) by their grads. `m`, `v` (N,): running means of grad and grad². `step` counts from 0."""
-    lr = LEARNING_RATE * (1 - step / MAX_ITERS)  # linear decay to 0
+    """Update `parameters` (N,) from their grads. `m`, `v` (N,) are running means of grad and grad²."""
+    lr = LEARNING_RATE * (1 - step / MAX_ITERS)  # linear decay to 0; step counts from 0
     for i, p in enumerate(parameters):
         m[i] = BETA1 * m[i] + (1 - BETA1) * p.grad
         v[i] = BETA2 * v[i] + (1 - BETA2) * p.grad**2
-        # Both began at 0 and not at a gradient: the share that they still lack is divided out.
+        # Both means start at 0, so they are too small in the first steps. Dividing corrects that.
         mean, square = m[i] / (1 - BETA1 ** (step + 1)), v[i] / (1 - BETA2 ** (step + 1))
         p.data -= lr * mean / (math.sqrt(square) + EPS)
         p.grad = 0.0
 
 
 def sample(weights, tokenizer, rng, temperature=0.5):
-    """Draw a document token by token, until BOS or for BLOCK_SIZE tokens. → text"""
+    """Draw a document token by token, until BOS or until it has BLOCK_SIZE tokens. → text"""
     ids = [tokenizer.bos]
     while len(ids) <= BLOCK_SIZE and (len(ids) == 1 or ids[-1] != tokenizer.bos):
         probs = softmax([z / temperature for z in forward(ids, weights)[-1]])

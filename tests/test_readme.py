@@ -1,75 +1,149 @@
-"""The commands of README and of the tour, as they stand there, and every shipped config, two steps each."""
+"""The commands of README, the tour and CONTRIBUTING run as written, and so does every config: two steps each."""
 
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import scalar_gpt
 
 import prepare
 import sample
 import train
-from quill.cli import config_files, read_config_file
-from quill.options import TrainConfig
+from bench import __main__ as bench
+from bench import measure
+from quill.cli import config_files, option_types, read_config_file
+from quill.options import BenchConfig, PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1"]  # later flags win
+SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1"]  # added at the end of a command: later flags win
+SCRIPTS = {"train.py": train, "sample.py": sample, "prepare.py": prepare}
+SCHEMAS = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare.py": PrepareConfig}
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+NANOGPT = "python data/shakespeare_char/prepare.py"  # nanoGPT's command, which README names beside ours
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def commands_of(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    """The commands in a page's ```sh blocks, in order. `a && b` is two commands."""
+    blocks = re.findall(r"```sh\n(.*?)```", read(page), flags=re.DOTALL)
+    return [command for block in blocks for line in block.splitlines() for command in line.split(" && ") if command]
 
 
+def inline_commands_of(page):
+    """The commands between backquotes in a page's text and tables."""
+    text = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
+    return re.findall(r"`((?:python|bash|torchrun|pip|tensorboard) [^`]+)`", text)
+
+
+def requirements():
+    """The packages in requirements.txt, without torch."""
+    return {re.match(r"[\w-]+", line)[0] for line in read("requirements.txt").splitlines() if line} - {"torch"}
+
+
+def run_command(command, monkeypatch):
+    """Run one command of a page, shortened."""
+    words = shlex.split(command)
+    if words[:2] == ["pip", "install"]:
+        files = [name for flag, name in zip(words[2:], words[3:], strict=False) if flag == "-r"]
+        assert all((ROOT / name).is_file() for name in files)
+        assert files or set(words[2:]) == requirements()
+    elif words[0] == "ruff":
+        assert command in read(".ci/run")
+    elif words[0] == "tensorboard":  # it serves until it is stopped; tests/test_tensorboard.py starts it
+        assert words[1] == "--logdir=out" and (not find_spec("tensorboard") or [*Path("out").rglob("events.*")])
+    elif words[0] == "torchrun":
+        argv = [sys.executable, "-m", "torch.distributed.run", *words[1:], *SHORT]
+        subprocess.run(argv, check=True, capture_output=True, timeout=120)
+    elif words == ["python", "-m", "pytest"]:
+        pass  # this test is part of it
+    elif words == ["python", "-m", "pytest", "-m", "slow"]:
+        pass
+    elif words[:4] == ["python", "-m", "bench", "compare"]:
+        assert bench.main([*words[3:], *SHORT, "--seeds=2"]) in (0, None), command
+    elif words == ["python", "docs/scalar_gpt.py"]:
+        monkeypatch.setattr(scalar_gpt, "MAX_ITERS", 2)
+        scalar_gpt.main(ROOT / "data" / "names.txt")
+    elif "--tensorboard=True" in words and not find_spec("tensorboard"):
+        pass
+    else:
+        assert words[0] == "python" and words[1] in SCRIPTS, f"{command}: this test does not know how to run it"
+        argv = words[2:]
+        if words[1] == "train.py":
+            argv += [*SHORT, "--max_iters=3"] if "--init_from=resume" in argv else SHORT
+        elif words[1] == "sample.py" and not any(word.startswith("--score=") for word in argv):
+            argv.append("--max_new_tokens=20")
+        assert SCRIPTS[words[1]].main(argv) in (0, None), command
+
+
+@pytest.mark.skipif(not os.environ.get("QUILL_CORPORA"), reason="QUILL_CORPORA is not set: no Tiny Shakespeare")
 @pytest.mark.parametrize(
-    "page, leaves",
+    "page, count, leaves",
     [
-        ("README.md", {"names", "shakespeare_char_cpu", "mine"}),
-        ("docs/tour.md", {"ladder"}),
+        ("README.md", 19, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
+        ("docs/tour.md", 15, {"ladder", "shakespeare_char_cpu"}),
+        ("CONTRIBUTING.md", 6, {"try", "bench"}),
     ],
 )
-def test_commands_run(page, leaves, tmp_path, monkeypatch, capsys):
-    """A page's commands, in their order, in a folder of their own, with two steps for each training."""
-    if not os.environ.get("QUILL_CORPORA"):
-        pytest.skip("QUILL_CORPORA is not set: no Tiny Shakespeare without a network")
-    for name in ("config", "train.py", "sample.py", "prepare.py"):
+def test_commands_run(page, count, leaves, tmp_path, monkeypatch, capsys):
+    """A page's commands, in order, in an empty folder with links to the scripts. `leaves`: what out/ then has."""
+
+    def process(argv, cwd=None):  # what a bench starts runs in this process: importing torch again takes seconds
+        assert argv[0] in SCRIPTS and SCRIPTS[argv[0]].main([str(word) for word in argv[1:]]) in (0, None)
+        return 1.0, ""
+
+    monkeypatch.setattr(measure, "process", process)
+    for name in ("config", "docs", *SCRIPTS):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my.txt").write_text("To be, or not to be: that is the question.\n" * 100, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    ran = []
-    for line in commands_of(page):
-        for command in line.split(" && "):
-            words = shlex.split(command)
-            if words[:2] == ["pip", "install"]:
-                assert all((ROOT / word).is_file() for word in words[3:])
-            elif words == ["python", "-m", "pytest"]:
-                pass  # this is it
-            elif "--tensorboard=True" in words and not find_spec("tensorboard"):
-                continue
-            elif words[0] == "tensorboard":  # serves until it is stopped: tests/test_board.py
-                assert words[1] == "--logdir=out" and (not find_spec("tensorboard") or [*Path("out").rglob("events.*")])
-            elif words[0] == "torchrun":
-                argv = [sys.executable, "-m", "torch.distributed.run", *words[1:], *SHORT]
-                subprocess.run(argv, check=True, capture_output=True, timeout=120)
-            else:
-                script = {"train.py": train, "sample.py": sample, "prepare.py": prepare}[words[1]]
-                if script is train and "--init_from=resume" in words:
-                    words = [*words, *SHORT, "--max_iters=3"]
-                elif script is train:
-                    words = [*words, *SHORT]
-                elif script is sample and not any(word.startswith("--score=") for word in words):
-                    words = [*words, "--max_new_tokens=20"]
-                assert words[0] == "python" and script.main(words[2:]) in (0, None), command
-            ran.append(command)
-    assert len(ran) >= 12
+    commands = commands_of(page)
+    assert len(commands) == count, "commands were added or removed: count them here too"
+    for command in commands:
+        run_command(command, monkeypatch)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= leaves
-    shutil.rmtree(tmp_path / "out")
+    if page == "docs/tour.md":
+        rungs = {path.stem for path in (ROOT / "config" / "ladder").glob("*.py")}
+        assert {path.name for path in (tmp_path / "out" / "ladder").iterdir()} == {"die", *rungs}
+
+
+def test_inline_commands_name_what_exists():
+    """Scripts, files, benches and options of the commands inside a sentence or a table."""
+    checked = 0
+    for page in PAGES:
+        for command in inline_commands_of(page):
+            if command == NANOGPT:
+                continue
+            words = shlex.split(command)
+            flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")} - {"help"}
+            known = set()
+            if words[:3] == ["python", "-m", "bench"]:
+                names = [name for word in words[3:4] if word[0] not in "-…" for name in word.split("|")]
+                assert all(f"python -m bench {name} " in bench.__doc__ for name in names), f"{page}: {command}"
+                known = {*option_types(BenchConfig), *option_types(TrainConfig)}
+            elif words[0] == "python" and words[1] in SCHEMAS:
+                known = set(option_types(SCHEMAS[words[1]]))
+            paths = [word for word in words if re.fullmatch(r"[\w./-]+/[\w.-]+\.(py|sh|md)|\w+\.py", word)]
+            missing = [path for path in paths if not (ROOT / path).is_file()]
+            assert not missing or "your_run" in command, f"{page}: {command}"
+            assert flags <= known or words[0] == "pip", f"{page}: {command}"
+            checked += 1
+    assert checked >= 20
+
+
+def test_links_between_pages():
+    """Every relative link in a page leads to a file."""
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)[^)]*\)", read(page))]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) >= 20
+    assert [(page, link) for page, link in local if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 @pytest.mark.parametrize("path", config_files(), ids=lambda path: path.stem)

@@ -1,9 +1,10 @@
-"""Rung 0 of the ladder: a bigram model: the next character from the last one alone.
+"""Rung 0 of the ladder: a bigram model. It predicts the next character from the last one alone.
 
     python train.py config/ladder/0_bigram.py
 
-A table of vectors, one for each character, and a linear layer that turns it into the logits of the next: no context.
-Validation loss 2.483, mean of three seeds; 7 s on one CPU core (docs/records.md).
+A table has a vector for each character. A linear layer turns the vector into the logits of the next character.
+
+Measured: 7 s (1 CPU core, fp32, n = 3), validation loss 2.483 (n = 3).
 """
 
 out_dir = "out/ladder/0_bigram"

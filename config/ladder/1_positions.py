@@ -1,9 +1,11 @@
-"""Rung 1 of the ladder: the bigram model, told where it is.
+"""Rung 1 of the ladder: the bigram model with position embeddings.
 
     python train.py config/ladder/1_positions.py
 
-A position has a vector too, added to the character's. Where in a window a character stands says little about the next.
-Validation loss 2.483, mean of three seeds; 6 s on one CPU core (docs/records.md).
+A second table has a vector for each position, which is added to the character's. The position of a character in the
+window says little about the next character, so the loss stays the same.
+
+Measured: 6 s (1 CPU core, fp32, n = 3), validation loss 2.483 (n = 3).
 """
 
 out_dir = "out/ladder/1_positions"

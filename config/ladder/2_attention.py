@@ -1,9 +1,10 @@
-"""Rung 2 of the ladder: one masked attention head.
+"""Rung 2 of the ladder: one head of causal self-attention.
 
     python train.py config/ladder/2_attention.py
 
-Each character looks back at those before it and takes what it needs; the head's output is all that goes on.
-Validation loss 2.350, mean of three seeds; 20 s on one CPU core (docs/records.md).
+Each character attends to itself and to the characters before it. The head's output replaces its input.
+
+Measured: 20 s (1 CPU core, fp32, n = 3), validation loss 2.350 (n = 3).
 """
 
 out_dir = "out/ladder/2_attention"

@@ -1,9 +1,10 @@
-"""Rung 3 of the ladder: four heads in place of one.
+"""Rung 3 of the ladder: four heads instead of one.
 
     python train.py config/ladder/3_multihead.py
 
-The same width, cut into four heads that look at different places.
-Validation loss 2.154, mean of three seeds; 25 s on one CPU core (docs/records.md).
+The width stays the same. Each head has a quarter of it and its own attention weights.
+
+Measured: 25 s (1 CPU core, fp32, n = 3), validation loss 2.154 (n = 3).
 """
 
 out_dir = "out/ladder/3_multihead"

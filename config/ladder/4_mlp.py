@@ -1,9 +1,10 @@
-"""Rung 4 of the ladder: attention, then an MLP.
+"""Rung 4 of the ladder: an MLP after attention.
 
     python train.py config/ladder/4_mlp.py
 
-What attention has gathered is thought over, by each position for itself.
-Validation loss 2.006, mean of three seeds; 43 s on one CPU core (docs/records.md).
+The MLP is applied to each position separately.
+
+Measured: 43 s (1 CPU core, fp32, n = 3), validation loss 2.006 (n = 3).
 """
 
 out_dir = "out/ladder/4_mlp"

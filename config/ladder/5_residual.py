@@ -2,8 +2,9 @@
 
     python train.py config/ladder/5_residual.py
 
-Attention and MLP add to what came in, in place of replacing it.
-Validation loss 1.929, mean of three seeds; 46 s on one CPU core (docs/records.md).
+Attention and MLP add their output to their input instead of replacing it.
+
+Measured: 46 s (1 CPU core, fp32, n = 3), validation loss 1.929 (n = 3).
 """
 
 out_dir = "out/ladder/5_residual"

@@ -1,9 +1,10 @@
-"""Rung 6 of the ladder: four blocks in place of one.
+"""Rung 6 of the ladder: four blocks instead of one.
 
     python train.py config/ladder/6_blocks.py
 
-The same again, three times more.
-Validation loss 1.711, mean of three seeds; two and a half minutes on one CPU core (docs/records.md).
+A block is attention and MLP. The output of each block is the input of the next.
+
+Measured: 151 s (1 CPU core, fp32, n = 3), validation loss 1.711 (n = 3).
 """
 
 out_dir = "out/ladder/6_blocks"

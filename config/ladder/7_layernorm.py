@@ -1,9 +1,10 @@
-"""Rung 7 of the ladder: LayerNorm before every attention and MLP.
+"""Rung 7 of the ladder: LayerNorm before each attention, each MLP and the output layer.
 
     python train.py config/ladder/7_layernorm.py
 
-Every vector is brought to mean 0 and variance 1 before it is used.
-Validation loss 1.644, mean of three seeds; 113 s on two CPU cores (docs/records.md).
+LayerNorm scales every vector to mean 0 and variance 1, then multiplies each element by a learned weight.
+
+Measured: 113 s (2 CPU cores, fp32, n = 1), validation loss 1.644 (n = 3).
 """
 
 out_dir = "out/ladder/7_layernorm"
