@@ -16,6 +16,7 @@ References: GPT-2 (Radford et al. 2019) for the architecture and the initialisat
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -138,7 +139,7 @@ class Block(nn.Module):
         self.add = torch.add if config.residual else without_residual
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = make_norm(config) if config.mlp_ratio else None
+        self.ln_2 = make_norm(config) if config.mlp_ratio else nn.Identity()
         self.mlp = MLP(config) if config.mlp_ratio else None
 
     def forward(self, x, rotary=None, cache=None):
@@ -154,7 +155,7 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         learned, rope = config.position == "learned", config.position == "rope"
-        self.transformer = nn.ModuleDict()
+        self.transformer: Any = nn.ModuleDict()
         self.transformer["wte"] = nn.Embedding(vocab_size, config.n_embd)
         self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.transformer["drop"] = nn.Dropout(config.dropout)
@@ -165,6 +166,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         rotary = rotary_table(config.block_size, config.n_embd // config.n_head) if rope else None
+        self.rotary: Any  # None unless config.position is "rope"
         self.register_buffer("rotary", rotary, persistent=False)
         self.init_weights()
 

@@ -168,7 +168,7 @@ def open_data(config: TrainConfig, machine: Machine) -> Data:
                 f"the {name} split of {config.dataset} has {len(tokens)} tokens, too few for "
                 f"--block_size={config.block_size}: use a smaller one or a longer text"
             )
-        settings = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
+        settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
         settings |= {"device": machine.device, "rank": group.rank, "world": group.world_size}
         batches.append(Batches(tokens, bos, config.block_size, **settings))
     return Data(dataset, *batches)

@@ -177,7 +177,7 @@ def resolve_start(
 
 
 def _resume(from_file, flags, held):
-    given = from_file | flags
+    given: dict[str, Any] = from_file | flags
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     if not held:
         theirs = Path(out_dir) / "ckpt.pt"
@@ -192,8 +192,9 @@ def _resume(from_file, flags, held):
     given = {key: value for key, value in given.items() if key not in old_flags}
     _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer"}), path)
     known = {f.name for f in fields(TrainConfig)}
-    saved = {key: value for key, value in state["config"].items() if key in known}
-    config = TrainConfig(**(saved | given | {"init_from": "resume", "out_dir": out_dir}))
+    options: dict[str, Any] = {key: value for key, value in state["config"].items() if key in known}
+    options |= given | {"init_from": "resume", "out_dir": out_dir}
+    config = TrainConfig(**options)
     if (config.ema_decay > 0) != (state["ema"] is not None):
         was = state["config"]["ema_decay"]
         raise UserError(f"--ema_decay={config.ema_decay}: {path} has ema_decay={was}; on or off can't change")

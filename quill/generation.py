@@ -32,11 +32,11 @@ class LayerCache:
 
     def __init__(self, capacity):
         self.capacity, self.length = capacity, 0
-        self.keys = self.values = None  # (B, H, capacity, D)
+        self.keys = self.values = torch.empty(0)  # (B, H, capacity, D) as soon as B, H and D are known
 
     def append(self, k, v):
         """Store `k`, `v` (B, H, T, D) after the tokens so far. → all keys, all values (B, H, length + T, D)"""
-        if self.keys is None:
+        if self.length == 0:
             B, H, _, D = k.shape
             self.keys, self.values = k.new_empty(2, B, H, self.capacity, D)
         T = k.size(2)

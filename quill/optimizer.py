@@ -76,8 +76,9 @@ class BatchedMuon(torch.optim.Muon):
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 gradients = [parameter.grad for parameter in parameters]
                 buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's look ahead
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+                # Nesterov's momentum
+                updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
                 wide = torch.stack([u.T if u.size(0) > u.size(1) else u for u in updates])
                 wide = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for parameter, update in zip(parameters, wide, strict=True):
@@ -103,11 +104,11 @@ def orthogonalize(
     # a matrix that vanishes, which must stay small.
     bound = gram.norm(dim=(1, 2), keepdim=True).sqrt().clamp(min=gram.size(-1) ** -0.25)
     gram = gram / bound.square()
-    product = None
+    product = torch.empty(0)
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
+        product = factor @ product if step else factor
         if step + 1 < steps:
             gram = factor @ gram @ factor
     return product @ (x / bound)

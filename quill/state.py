@@ -54,7 +54,7 @@ class TrainState:
             checkpoint.load_weights(self.model, checkpoint.weights_to_sample(saved), config.init_from)
         cpu.speed_up(self.model.to(machine.device))
         self.train_model: Any = self.model
-        self.ema = None
+        self.ema: Any = None
         if config.ema_decay:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizers = make_optimizers(self.model, config)

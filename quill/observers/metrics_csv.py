@@ -2,13 +2,14 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from quill.errors import UserError
 from quill.files import replacing
 from quill.observers.observer import Evaluation, Observer
 from quill.scoring import perplexity
 
-COLUMNS = ("step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds")
+COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds"]
 
 
 class MetricsFile(Observer):
@@ -31,7 +32,7 @@ class MetricsFile(Observer):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Append a row."""
-        row = {name: getattr(evaluation, name, None) for name in COLUMNS}
+        row: dict[str, Any] = {name: getattr(evaluation, name, None) for name in COLUMNS}
         row["perplexity"] = perplexity(evaluation.val_loss)
         row["seconds"] = round(evaluation.seconds, 3)
         try:

@@ -61,7 +61,7 @@ class TensorBoard(Observer):
             for path in self.folder.glob("events.out.tfevents.*.hparams"):
                 path.unlink()
             with SummaryWriter(self.folder, filename_suffix=".hparams") as writer:
-                writer.file_writer.add_summary(start, 0)
+                self._add_summary(writer, start, 0)
             # Steps after the checkpoint will be rerun; purge_step drops their old points. TensorBoard ignores the first
             # purge_step that it finds, so a fresh run writes one too.
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1, flush_secs=10)
@@ -112,8 +112,13 @@ class TensorBoard(Observer):
     def close(self) -> None:
         """Mark the run's end, and close the event file."""
         with self._writing():
-            self.writer.file_writer.add_summary(self.end, self.progress.step)
+            self._add_summary(self.writer, self.end, self.progress.step)
             self.writer.close()
+
+    @staticmethod
+    def _add_summary(writer, summary, step):
+        """Add a summary that SummaryWriter has no method for."""
+        writer.file_writer.add_summary(summary, step)
 
 
 @torch.no_grad()
