@@ -19,10 +19,10 @@ from pathlib import Path
 
 from bench import peers
 from bench.compare import compare
-from bench.curve import curve
 from bench.generation import generate
 from bench.ladder import ladder
 from bench.measure import hardware
+from bench.replay import curve
 from quill.cli import read_args, run
 from quill.errors import UserError
 from quill.files import replacing

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench import curve, measure, peers
+from bench import measure, peers, replay
 from bench.compare import paired, verdict
 from bench.ladder import draw
 from quill.cli import read_config_file
@@ -179,11 +179,11 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, monkeypatch
     (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
     config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
-    (line,) = curve.curve(config, shape)
+    (line,) = replay.curve(config, shape)
     assert len(line["ours"]) == 6 and line["max_abs_difference"] < 1e-6
-    slower = curve.REPLAY.replace("= learning_rate(step, config)", "= learning_rate(step, config) / 2")
-    monkeypatch.setattr(curve, "REPLAY", slower)
-    assert curve.curve(config, shape)[0]["max_abs_difference"] > 1e-4
+    slower = replay.REPLAY.replace("= learning_rate(step, config)", "= learning_rate(step, config) / 2")
+    monkeypatch.setattr(replay, "REPLAY", slower)
+    assert replay.curve(config, shape)[0]["max_abs_difference"] > 1e-4
 
 
 @pytest.mark.parametrize(
