@@ -1,6 +1,7 @@
 """Running a command to its end, timing it, and showing what came out: what every bench needs."""
 
 import csv
+import json
 import platform
 import re
 import statistics
@@ -21,16 +22,30 @@ from quill.options import TrainConfig
 ROOT = Path(__file__).parent.parent
 
 
-def process(argv, cwd=ROOT):
-    """Run a command to its end. → seconds, what it printed. It must succeed."""
+def process(argv, cwd=ROOT, stdin=None):
+    """Run a Python command to its end. → seconds, what it printed. It must succeed."""
+    argv = [str(arg) for arg in argv]
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+    done = run_python(argv, cwd, stdin)
     seconds = time.perf_counter() - began
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        words = ["a program"] if argv[0] == "-c" else [str(word) for word in argv if not str(word).startswith("--")]
+        words = [arg for arg in argv if not arg.startswith("-")]
         raise UserError(f"{' '.join(words)} in {cwd} failed: {reason}")
     return seconds, done.stdout
+
+
+def run_python(argv, cwd, stdin):
+    """Run `python *argv` in folder `cwd`, with the text `stdin` as its input. → CompletedProcess"""
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8"
+    )
+
+
+def program(name, **options):
+    """Run bench/programs/`name`.py with `options` in a process of its own. → the JSON that it printed last"""
+    _, out = process(["-m", f"bench.programs.{name}"], stdin=json.dumps(options))
+    return json.loads(out.splitlines()[-1])
 
 
 def flags(options):
