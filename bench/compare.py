@@ -4,7 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
-from bench.measure import on_machine, span, trained
+from bench.measure import machine_options, span, train_or_resume
 from quill.cli import read_config_file
 from quill.errors import UserError
 from quill.options import TrainConfig
@@ -46,8 +46,8 @@ def compare(paths, given, config):
         raise UserError(f"{' and '.join(paths)}: losses on {' and '.join(sorted(datasets))} can't be compared")
     for seed in range(1, config.seeds + 1):
         for path in paths:
-            own = {"seed": seed, "data_dir": config.data_dir} | on_machine(config)
-            rows = trained(path, f"{config.out_dir}/compare/{names[path]}-{seed}", given | own)
+            own = {"seed": seed, "data_dir": config.data_dir} | machine_options(config)
+            rows = train_or_resume(path, f"{config.out_dir}/compare/{names[path]}-{seed}", given | own)
             speeds = [float(row["tokens_per_s"]) for row in rows]
             result = {"seed": seed, "val_loss": float(rows[-1]["val_loss"])}
             result |= {"tokens_per_s": statistics.median(speeds), "seconds": float(rows[-1]["seconds"])}

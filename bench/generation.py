@@ -3,8 +3,8 @@
 from functools import partial
 from importlib.util import find_spec
 
-from bench.measure import in_turn, on_gpu, peer_machine, program, row
-from bench.shapes import BABY, GPT2, GPT2_IDS
+from bench.measure import in_turn, on_gpu, peer_machine_options, program, row
+from bench.shapes import GPT2, GPT2_IDS, SHAKESPEARE_10M
 
 
 def generate(config):
@@ -14,14 +14,14 @@ def generate(config):
     single samples are compared with transformers' too.
     """
     lines = []
-    baby = {key: BABY[key] for key in GPT2}
+    baby = {key: SHAKESPEARE_10M[key] for key in GPT2}
     many = 64 if on_gpu(config) else 16
     for name, shape, vocab_size, batch_size, tokens in (
         ("10.7M, one sample", baby, 65, 1, 250),
         (f"10.7M, {many} samples", baby, 65, many, 250),
         ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
     ):
-        options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine(config)
+        options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
         ours = partial(program, "generate_quill", batch_size=batch_size, **options)
         theirs = partial(program, "generate_nanogpt", peer=config.peer, batch_size=1, **options)
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)

@@ -4,7 +4,7 @@ import statistics
 from html import escape
 from pathlib import Path
 
-from bench.measure import ROOT, flags, on_machine, process, trained
+from bench.measure import ROOT, flags, machine_options, process, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.files import replacing
@@ -26,11 +26,11 @@ def ladder(paths, given, config):
         runs = []
         for seed in range(1, config.seeds + 1):
             out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
-            own = {"seed": seed, "data_dir": config.data_dir} | on_machine(config)
-            last = trained(path, out_dir, given | own)[-1]
+            own = {"seed": seed, "data_dir": config.data_dir} | machine_options(config)
+            last = train_or_resume(path, out_dir, given | own)[-1]
             runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
         best = Path(out_dir) / "best.pt"
-        options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | on_machine(config)
+        options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | machine_options(config)
         _, text = process(["sample.py", *flags(options)])
         losses = [run["val_loss"] for run in runs]
         line = {

@@ -52,7 +52,7 @@ def flags(options):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def on_machine(config):
+def machine_options(config):
     """The device and dtype that the bench was given, for a run's options; `auto` leaves a config file its own."""
     return {key: getattr(config, key) for key in ("device", "dtype") if getattr(config, key) != "auto"}
 
@@ -62,7 +62,7 @@ def on_gpu(config):
     return pick_machine(config).device.type == "cuda"
 
 
-def peer_machine(config):
+def peer_machine_options(config):
     """The device and dtype that ours has, for the peer, which knows no `auto` and on a CPU is in float32 always."""
     machine = pick_machine(config)
     device = machine.device.type if config.device == "auto" else config.device
@@ -110,7 +110,7 @@ def span(values):
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
 
 
-def trained(path, out_dir, options):
+def train_or_resume(path, out_dir, options):
     """Train config `path` with `options` in out_dir, or go on there where it was stopped. → rows of metrics.csv"""
     options |= {"out_dir": out_dir, "init_from": "auto"}
     last = Path(out_dir) / "last.pt"
@@ -125,11 +125,11 @@ def trained(path, out_dir, options):
         ]:
             raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
         if state["step"] >= wanted["max_iters"]:
-            return metrics(out_dir)
+            return read_metrics(out_dir)
     process(["train.py", path, *flags(options)])
-    return metrics(out_dir)
+    return read_metrics(out_dir)
 
 
-def metrics(folder):
+def read_metrics(folder):
     with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -16,8 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.measure import ROOT, flags, in_turn, metrics, on_gpu, on_machine, peer_machine, process, row
-from bench.shapes import BABY, GPT2, GPT2_IDS, LAPTOP
+from bench.measure import (
+    ROOT,
+    flags,
+    in_turn,
+    machine_options,
+    on_gpu,
+    peer_machine_options,
+    process,
+    read_metrics,
+    row,
+)
+from bench.shapes import GPT2, GPT2_IDS, LAPTOP, SHAKESPEARE_10M
 from model import GPT
 from quill.errors import UserError
 from quill.machine import pick_machine
@@ -31,9 +41,9 @@ def train(config):
     """
     gpu = on_gpu(config)
     lines = []
-    shapes = (("laptop shape", LAPTOP, 200), ("10.7M shape", BABY, 8))
+    shapes = (("laptop shape", LAPTOP, 200), ("10.7M shape", SHAKESPEARE_10M, 8))
     if gpu:
-        shapes = (("10.7M shape, batch 64", BABY | {"batch_size": 64}, 800),)
+        shapes = (("10.7M shape, batch 64", SHAKESPEARE_10M | {"batch_size": 64}, 800),)
     for name, shape, steps in shapes:
         tokens = shape["batch_size"] * shape["block_size"]
         options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
@@ -41,15 +51,15 @@ def train(config):
         def ours(options=options):
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
-                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | on_machine(config)
+                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | machine_options(config)
                 process(["train.py", *flags(options | extra)])
-                speeds = [float(line["tokens_per_s"]) for line in metrics(folder)]
+                speeds = [float(line["tokens_per_s"]) for line in read_metrics(folder)]
                 return statistics.harmonic_mean(speeds[1:])  # the first quarter holds the warm-up
 
         def theirs(options=options, steps=steps, tokens=tokens):
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"out_dir": folder, "compile": gpu, "eval_iters": 1, "log_interval": 1}
-                extra |= peer_machine(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
+                extra |= peer_machine_options(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
                 _, out = process(["train.py", "config/train_shakespeare_char.py", *flags(options | extra)], config.peer)
                 times = [float(ms) for ms in re.findall(r"iter \d+: loss .*?, time ([\d.]+)ms", out)]
                 return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
@@ -62,7 +72,7 @@ def train(config):
 def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=16, steps=100):
     """Training at GPT-2's shape on random tokens, ours alone: tokens a second, and the share of the peak that it is."""
     options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
-    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | on_machine(config)
+    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | machine_options(config)
     with tempfile.TemporaryDirectory() as folder:
         # Every id once, so that the vocabulary is whole, then at random; all from a plane without surrogates.
         drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
@@ -73,7 +83,7 @@ def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=16, steps=100):
 
         def ours():
             process(["train.py", *flags(options)])
-            return float(metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half holds the compiling
+            return float(read_metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half holds the compiling
 
         speeds, _ = in_turn(config.pairs, ours)
     machine = pick_machine(config)
@@ -96,9 +106,11 @@ def loss(config):
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            extra = {"out_dir": folder, "data_dir": config.data_dir, "seed": len(losses[0]) + 1} | on_machine(config)
+            extra = {"out_dir": folder, "data_dir": config.data_dir, "seed": len(losses[0]) + 1} | machine_options(
+                config
+            )
             seconds, _ = process(["train.py", config.recipe, *flags(extra)])
-            losses[0].append(min(float(line["val_loss"]) for line in metrics(folder)))
+            losses[0].append(min(float(line["val_loss"]) for line in read_metrics(folder)))
             return seconds
 
     def theirs():
@@ -106,11 +118,11 @@ def loss(config):
             # nanoGPT's README, "I only have a macbook".
             recipe = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
             recipe = {} if on_gpu(config) else recipe | {"compile": False}
-            extra = {"out_dir": folder} | peer_machine(config)
+            extra = {"out_dir": folder} | peer_machine_options(config)
             argv = ["train.py", "config/train_shakespeare_char.py", *flags(recipe | extra)]
             seconds, _ = process(argv, config.peer)
             evaluation = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
-            evaluation |= on_machine(config)
+            evaluation |= machine_options(config)
             _, out = process(["train.py", *flags(evaluation), "--eval_only"])
             losses[1].append(float(re.search(r"val loss ([\d.]+)", out)[1]))
             return seconds
@@ -125,7 +137,7 @@ def loss(config):
 def start(config):
     """From the command to the end of the first step, on prepared data, less the time of `import torch` alone."""
     with tempfile.TemporaryDirectory() as folder:
-        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | on_machine(config)
+        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
         options |= {"gradient_accumulation_steps": 1, "overwrite": True, "out_dir": folder, "max_iters": 10**6}
 
         def ours():

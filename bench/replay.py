@@ -3,21 +3,21 @@
 import statistics
 import tempfile
 
-from bench.measure import flags, metrics, process, program
-from bench.shapes import BABY
+from bench.measure import flags, process, program, read_metrics
+from bench.shapes import SHAKESPEARE_10M
 from quill.errors import UserError
 
 
-def curve(config, shape=BABY):
+def replay(config, shape=SHAKESPEARE_10M):
     """Whether training is the peer's: from the same weights, on the same batches, the losses of 30 steps in float32."""
     if not config.peer:
-        raise UserError("curve: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
+        raise UserError("replay: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
     options = shape | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
     options |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 5}
     options |= {"data_dir": config.data_dir, "device": config.device, "dtype": "float32", "compile": False}
     with tempfile.TemporaryDirectory() as folder:
         process(["train.py", *flags(options), f"--out_dir={folder}", "--eval_iters=1"])
-        ours = [float(line["train_loss"]) for line in metrics(folder)]
+        ours = [float(line["train_loss"]) for line in read_metrics(folder)]
     steps = program("replay_nanogpt", peer=config.peer, options=options)
     theirs = [statistics.mean(steps[i : i + 5]) for i in range(0, len(steps), 5)]
     difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))

@@ -222,24 +222,25 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
     (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
     config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
-    (line,) = replay.curve(config, shape)
+    (line,) = replay.replay(config, shape)
     assert len(line["ours"]) == 6 and line["max_abs_difference"] < 1e-6
     monkeypatch.setattr(replay_nanogpt, "learning_rate", lambda step, config: learning_rate(step, config) / 2)
-    assert replay.curve(config, shape)[0]["max_abs_difference"] > 1e-4
+    assert replay.replay(config, shape)[0]["max_abs_difference"] > 1e-4
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, curve, generate, start, prepare, ladder, compare"),
+        ([], "give one of train, loss, replay, generate, start, prepare, ladder, compare"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
-        (["curve"], "curve: give a checkout of nanoGPT"),
-        (["curve", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
+        (["replay"], "replay: give a checkout of nanoGPT"),
+        (["curve"], "replay: give a checkout of nanoGPT"),  # its name before
+        (["replay", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
         (["start", "--pairs=0"], "--pairs=0"),
