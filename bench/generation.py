@@ -1,24 +1,25 @@
-"""Our speed of generation beside a peer's and transformers', in turn, with random weights."""
+"""Our speed of generation beside nanoGPT's and transformers', in turn, with random weights."""
 
 from functools import partial
 from importlib.util import find_spec
 
-from bench.measure import in_turn, on_gpu, peer_machine_options, program, row
+from bench.measure import Line, in_turn, on_gpu, peer_machine_options, program, row
 from bench.shapes import GPT2, GPT2_IDS, SHAKESPEARE_10M
+from quill.options import BenchConfig
 
 
-def generate(config):
+def generate(config: BenchConfig) -> list[Line]:
     """Measure tokens per second of `generate` within the block: random weights, temperature 0.8, top-k 50.
 
     nanoGPT draws one sample at a time, so its batch is always 1. Where transformers is installed and a peer is given,
     single samples are compared with transformers' too.
     """
     lines = []
-    baby = {key: SHAKESPEARE_10M[key] for key in GPT2}
+    small = {key: SHAKESPEARE_10M[key] for key in GPT2}
     many = 64 if on_gpu(config) else 16
     for name, shape, vocab_size, batch_size, tokens in (
-        ("10.7M, one sample", baby, 65, 1, 250),
-        (f"10.7M, {many} samples", baby, 65, many, 250),
+        ("10.7M, one sample", small, 65, 1, 250),
+        (f"10.7M, {many} samples", small, 65, many, 250),
         ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
     ):
         options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from quill.machine import pick_machine
 from quill.options import ModelConfig, SampleConfig
 
 
-def main(device, dtype, shape, vocab_size, batch_size, tokens):
+def main(device: str, dtype: Any, shape: dict[str, Any], vocab_size: int, batch_size: int, tokens: int) -> float:
     """`shape`: n_layer, n_head, n_embd, block_size. The weights have the type `dtype`, as in sample.py."""
     torch.manual_seed(0)
     machine = pick_machine(SampleConfig(device=device, dtype=dtype))

@@ -5,6 +5,7 @@ Prints the loss of each step.
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from quill.optimizer import learning_rate
 from quill.options import ModelConfig, TrainConfig
 
 
-def main(peer, options):
+def main(peer: str, options: dict[str, Any]) -> list[float]:
     """`peer`: the folder of a nanoGPT checkout. `options`: train.py's, for a run in float32 without dropout."""
     config = TrainConfig(**options)
     device = pick_machine(config).device
