@@ -11,9 +11,6 @@ from quill.cli import read_config_file
 from quill.errors import UserError
 from quill.options import BenchConfig, TrainConfig
 
-# Student's t, two-sided 95 %, by degrees of freedom; beyond the table, the normal distribution's 1.96.
-T_95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]
-
 
 def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
     """Train both configs with seeds 1, 2, …; a run that an earlier call left unfinished is resumed.
@@ -82,6 +79,29 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     if len(differences) < 2:
         return differences[0], math.inf
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    degrees = len(differences) - 1
-    t = T_95[degrees] if degrees < len(T_95) else 1.96
-    return statistics.mean(differences), t * error
+    return statistics.mean(differences), t_quantile(len(differences) - 1) * error
+
+
+def t_quantile(degrees: int, probability: float = 0.95) -> float:
+    """The t for which Student's distribution has `probability` between -t and t, by bisection of the angle."""
+    low, high = 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        if t_probability(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def t_probability(angle: float, degrees: int) -> float:
+    """P(|T| < t) of Student's distribution, where `angle` is atan(t / √degrees).
+
+    A finite sum for whole degrees of freedom: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    """
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = cosine if odd else 1.0, 0.0
+    for k in range(2 + odd, degrees + 1, 2):  # the terms' powers of the cosine: k - 2
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -18,7 +18,7 @@ import sample
 import train
 from bench import __main__ as bench
 from bench import measure, peers, replay
-from bench.compare import paired_difference, verdict
+from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import draw
 from bench.programs import generate_nanogpt, replay_nanogpt
 from quill.cli import read_config_file
@@ -61,6 +61,15 @@ def test_paired_interval_by_hand():
     mean, margin = paired_difference([0, 0, 0], [1, 2, 3])
     assert mean == 2 and margin == pytest.approx(4.303 / math.sqrt(3), abs=0.0005)
     assert paired_difference([1.0], [3.0]) == (2.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    "degrees, t",
+    [(1, 12.706), (2, 4.303), (3, 3.182), (14, 2.145), (15, 2.131), (30, 2.042), (99, 1.984), (1000, 1.962)],
+)
+def test_t_quantile(degrees, t):
+    """The values of printed tables, to their three decimals."""
+    assert t_quantile(degrees) == pytest.approx(t, abs=0.0005)
 
 
 def test_verdicts():
