@@ -141,7 +141,7 @@ def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys)
 
 
 def test_ladder_picture_is_to_scale():
-    """Three losses at equal distances stand at equal distances, and a wider range of seeds is a longer bar."""
+    """Equal differences in loss are equal distances in the picture, and a wider range of seeds is a longer bar."""
     lines = [
         {"rung": f"{i}_<x>", "val_loss": loss, "runs": [{"val_loss": loss - i / 50}, {"val_loss": loss + i / 50}]}
         for i, loss in enumerate((2.5, 2.0, 1.5))
