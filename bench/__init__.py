@@ -1,1 +1,1 @@
-"""What python -m bench measures, one file for each kind. They use measure.py, and nothing of each other."""
+"""The benches, `python -m bench`: one file for each kind. They share measure.py and shapes.py, and nothing else."""

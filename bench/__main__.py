@@ -1,80 +1,114 @@
-"""The speed figures, ours beside a peer's, in one run on one machine; and which of two configs is better.
+"""Measure quill's speed beside a peer's, or tell which of two configs is better.
 
-    python -m bench train --peer=../nanoGPT         # training tokens/s at two shapes
-    python -m bench loss --peer=../nanoGPT          # the laptop recipe, whole process, and its best loss
-    python -m bench curve --peer=../nanoGPT         # whether a step's loss is nanoGPT's, from the same weights
+    python -m bench train --peer=../nanoGPT         # tokens/s of training, at two shapes
+    python -m bench loss --peer=../nanoGPT          # nanoGPT's laptop recipe: time of the whole process, best loss
+    python -m bench replay --peer=../nanoGPT        # are our losses nanoGPT's, from the same weights? (or: curve)
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
-    python -m bench start                           # from the command to the first step, less `import torch`
-    python -m bench prepare --peer=../nanoGPT       # 100 MB of text into tokens
-    python -m bench ladder                          # config/ladder/, three seeds of each, and docs/ladder.svg
+    python -m bench start                           # time from the command to the first step, less `import torch`
+    python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
+    python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
     python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
 
-Whole processes, ours and the peer's in turn, median and range; the peer is a checkout of nanoGPT, which stays outside.
-Absolute times drift from hour to hour, ratios of neighbours in time do not. Each run is written to out/bench as JSON.
+The peer is a checkout of nanoGPT, which is not part of quill. Ours and the peer's run in turn, each as a process of
+its own, and the ratio is taken between neighbours: absolute times drift from hour to hour, these ratios do not.
+A bench prints medians and ranges, and writes all figures to out/bench as JSON.
 """
 
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from bench import peers
 from bench.compare import compare
-from bench.curve import curve
 from bench.generation import generate
 from bench.ladder import ladder
-from bench.measure import hardware
+from bench.measure import Line, hardware
+from bench.replay import replay
 from quill.cli import read_args, run
 from quill.errors import UserError
 from quill.files import replacing
 from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
-ALONE = {
+SPEED = {
     "train": peers.train,
     "loss": peers.loss,
-    "curve": curve,
+    "replay": replay,
     "generate": generate,
     "start": peers.start,
     "prepare": peers.prepare,
 }
-TRAINING = {"ladder": ladder, "compare": compare}  # these take train.py's options too
+EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
+ALIASES = {"curve": "replay"}  # former names, which still work
+FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment decides for its runs
 
 
-def main(argv):
-    names = ", ".join([*ALONE, *TRAINING])
-    own_keys = {f"--{f.name}" for f in fields(BenchConfig)}
-    own = [arg for arg in argv if arg.partition("=")[0] in own_keys | {"--help"} or not arg.startswith("--")]
-    rest = [arg for arg in argv if arg not in own]
+def main(argv: list[str]) -> None:
+    """Run one bench, print its results and write them to `--out_dir`."""
+    own, rest = split_flags(argv)
     positional, given = read_args(own, BenchConfig, __doc__)
-    if not positional or positional[0] not in ALONE | TRAINING:
-        raise UserError(f"give one of {names} (see --help)")
-    name, *paths = positional
-    config = BenchConfig(**given)
-    # The commands run in quill's own folder, wherever this one was started.
-    folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
-    config = replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
-    paths = [str(Path(path).resolve()) if Path(path).is_file() else path for path in paths]
-    needed = (Path(config.peer) / "model.py", Path(config.peer) / "train.py")
-    if config.peer and (missing := [path.name for path in needed if not path.is_file()]):
-        raise UserError(f"--peer={config.peer}: there is no {missing[0]}; give the folder of a nanoGPT checkout")
-    if name == "curve" and (given.keys() & {"pairs", "dtype"}):
-        raise UserError("curve is one run of each, in float32: it takes no --pairs and no --dtype")
-    pick_machine(config)  # a device or dtype that is not there shows before the first run
-    if name == "compare" and len(paths) != 2:
-        raise UserError("compare takes two config files, as in python -m bench compare config/a.py config/b.py")
-    if name in ALONE and paths:
-        raise UserError(f"{paths[0]}: python -m bench {name} takes options only (see --help)")
-    if name in TRAINING:
-        training = read_args(rest, TrainConfig, __doc__)[1]
-        if taken := training.keys() & {"seed", "init_from", "overwrite", "dry_run", "eval_only"}:
-            raise UserError(
-                f"--{min(taken)}: not with python -m bench {name}, which sets its runs' seeds and starts itself"
-            )
-        lines = TRAINING[name](paths, training, config)
+    name, paths = read_command(positional)
+    config = with_full_paths(BenchConfig(**given))
+    check_peer(config.peer)
+    if name == "replay" and (given.keys() & {"pairs", "dtype"}):
+        raise UserError("replay is one run of each, in float32: it takes no --pairs and no --dtype")
+    pick_machine(config)  # so that a missing device or dtype is reported before the first run
+    if name in EXPERIMENTS:
+        lines = EXPERIMENTS[name](paths, read_training_options(name, rest), config)
     elif rest:
         raise UserError(f"{rest[0]}: not an option of python -m bench {name} (see --help)")
     else:
-        lines = ALONE[name](config)
+        lines = SPEED[name](config)
+    write_report(name, argv, lines, config)
+
+
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Separate what the bench itself reads from the other flags, which are train.py's. → own, rest"""
+    own_keys = {f"--{f.name}" for f in fields(BenchConfig)} | {"--help"}
+    own = [arg for arg in argv if arg.partition("=")[0] in own_keys or not arg.startswith("--")]
+    return own, [arg for arg in argv if arg not in own]
+
+
+def read_command(positional: list[str]) -> tuple[str, list[str]]:
+    """Read the bench's name and its config files. → name, full paths
+
+    The paths are made absolute because the runs start in quill's folder, wherever the bench was started.
+    """
+    name, *paths = positional or [""]
+    name = ALIASES.get(name, name)
+    if name not in SPEED | EXPERIMENTS:
+        raise UserError(f"give one of {', '.join([*SPEED, *EXPERIMENTS])} (see --help)")
+    if name in SPEED and paths:
+        raise UserError(f"{paths[0]}: python -m bench {name} takes options only (see --help)")
+    if name == "compare" and len(paths) != 2:
+        raise UserError("compare takes two config files, as in python -m bench compare config/a.py config/b.py")
+    return name, [str(Path(path).resolve()) if Path(path).is_file() else path for path in paths]
+
+
+def with_full_paths(config: BenchConfig) -> BenchConfig:
+    """Make the folders absolute, because the runs start in quill's folder, wherever the bench was started."""
+    folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
+    return replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
+
+
+def check_peer(peer: str) -> None:
+    """Raise a UserError unless `peer` is empty or the folder of a nanoGPT checkout."""
+    needed = (Path(peer) / "model.py", Path(peer) / "train.py")
+    if peer and (missing := [path.name for path in needed if not path.is_file()]):
+        raise UserError(f"--peer={peer}: there is no {missing[0]}; give the folder of a nanoGPT checkout")
+
+
+def read_training_options(name: str, argv: list[str]) -> dict[str, Any]:
+    """Read train.py's flags that an experiment applies to all of its runs."""
+    options = read_args(argv, TrainConfig, __doc__)[1]
+    if taken := options.keys() & FIXED:
+        raise UserError(f"--{min(taken)}: not with python -m bench {name}, which decides this for its runs")
+    return options
+
+
+def write_report(name: str, argv: list[str], lines: list[Line], config: BenchConfig) -> None:
+    """Write the results with the command and the hardware to `--out_dir`/`name`.json."""
     report = {"command": f"python -m bench {' '.join(argv)}", "hardware": hardware(config), "results": lines}
     path = Path(config.out_dir) / f"{name}.json"
     with replacing(path) as (file,):

@@ -1,69 +1,107 @@
-"""Which of two configs is better: the same seeds and batches for both, and the paired difference in loss."""
+"""Which of two configs is better: train both with the same seeds and batches, and compare their losses in pairs."""
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from bench.measure import on_machine, span, trained
+from bench.measure import Line, machine_options, span, train_or_resume
 from quill.cli import read_config_file
 from quill.errors import UserError
-from quill.options import TrainConfig
-
-# Student's t, two-sided 95 %, by degrees of freedom; beyond the table, the normal distribution's 1.96.
-T_95 = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]
+from quill.options import BenchConfig, TrainConfig
 
 
-def paired(a, b):
-    """Mean of b - a over pairs, and the half-width of its 95 % interval."""
-    differences = [y - x for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2:
-        return differences[0], math.inf
-    degrees = len(differences) - 1
-    t = T_95[degrees] if degrees < len(T_95) else 1.96
-    return statistics.mean(differences), t * statistics.stdev(differences) / math.sqrt(len(differences))
+def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
+    """Train both configs with seeds 1, 2, …; a run that an earlier call left unfinished is resumed.
+
+    paths: two config files. given: train.py's options that both runs get.
+    """
+    check_comparable(paths, given, config)
+    runs: dict[str, list[Line]] = {path: [] for path in paths}
+    for seed in range(1, config.seeds + 1):
+        for path in paths:
+            options = given | {"seed": seed, "data_dir": config.data_dir} | machine_options(config)
+            name = Path(path).stem
+            rows = train_or_resume(path, f"{config.out_dir}/compare/{name}-{seed}", options)
+            run = {
+                "seed": seed,
+                "val_loss": float(rows[-1]["val_loss"]),
+                "tokens_per_s": statistics.median(float(row["tokens_per_s"]) for row in rows),
+                "seconds": float(rows[-1]["seconds"]),
+            }
+            runs[path].append(run)
+            print(f"{name}, seed {seed}: val loss {run['val_loss']:.4f}", flush=True)
+    for path in paths:
+        print(summary(Path(path).stem, runs[path]))
+    a, b = ([run["val_loss"] for run in runs[path]] for path in paths)
+    difference, margin = paired_difference(a, b)
+    words = verdict(Path(paths[0]).stem, Path(paths[1]).stem, difference, margin)
+    print(f"{words} (val loss, 95 % interval, {config.seeds} pairs)")
+    lines: list[Line] = [{"config": path, "runs": runs[path]} for path in paths]
+    return [*lines, {"difference": difference, "margin": margin, "verdict": words}]
 
 
-def verdict(a, b, difference, margin):
-    """Two names and their paired difference in loss → words."""
+def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfig) -> None:
+    """Raise a UserError if the two configs can't be compared: same name, too few seeds, or different datasets."""
+    both = " and ".join(paths)
+    if len({Path(path).stem for path in paths}) < 2:
+        raise UserError(f"{both}: give two config files with different names")
+    if config.seeds < 2:
+        raise UserError("--seeds=1: an interval takes two seeds or more")
+    datasets = {TrainConfig(**(read_config_file(path, TrainConfig) | given)).dataset for path in paths}
+    if len(datasets) > 1:
+        raise UserError(f"{both}: losses on {' and '.join(sorted(datasets))} can't be compared")
+
+
+def summary(name: str, runs: list[Line]) -> str:
+    """One config's runs in a line: mean and standard deviation of the loss, median and range of speed and time."""
+    losses = [run["val_loss"] for run in runs]
+    speeds, seconds = span([run["tokens_per_s"] for run in runs]), span([run["seconds"] for run in runs])
+    loss = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+    return f"{name}: val loss {loss}, {speeds} tokens/s, {seconds} s"
+
+
+def verdict(a: str, b: str, difference: float, margin: float) -> str:
+    """Say which of the configs named `a` and `b` has the lower loss. `difference` ± `margin` is b's loss less a's."""
     if abs(difference) <= margin:
         return f"{a} and {b} can't be told apart: {b} - {a} = {difference:+.4f} ± {margin:.4f}"
     better = b if difference < 0 else a
     return f"{better} is better by {abs(difference):.4f} ± {margin:.4f}"
 
 
-def compare(paths, given, config):
-    """Train both configs with the same seeds and batches; each run resumes where an earlier call was stopped."""
-    results = {}
-    for path in paths:
-        results[path] = []
-    names = {path: Path(path).stem for path in paths}
-    if len(set(names.values())) < 2:
-        raise UserError(f"{' and '.join(paths)}: give two config files with different names")
-    if config.seeds < 2:
-        raise UserError("--seeds=1: an interval takes two seeds or more")
-    datasets = {TrainConfig(**(read_config_file(path, TrainConfig) | given)).dataset for path in paths}
-    if len(datasets) > 1:
-        raise UserError(f"{' and '.join(paths)}: losses on {' and '.join(sorted(datasets))} can't be compared")
-    for seed in range(1, config.seeds + 1):
-        for path in paths:
-            own = {"seed": seed, "data_dir": config.data_dir} | on_machine(config)
-            rows = trained(path, f"{config.out_dir}/compare/{names[path]}-{seed}", given | own)
-            speeds = [float(row["tokens_per_s"]) for row in rows]
-            result = {"seed": seed, "val_loss": float(rows[-1]["val_loss"])}
-            result |= {"tokens_per_s": statistics.median(speeds), "seconds": float(rows[-1]["seconds"])}
-            results[path].append(result)
-            print(f"{names[path]}, seed {seed}: val loss {result['val_loss']:.4f}", flush=True)
-    lines = []
-    for path in paths:
-        column = {key: [result[key] for result in results[path]] for key in ("val_loss", "tokens_per_s", "seconds")}
-        std = statistics.stdev(column["val_loss"]) if config.seeds > 1 else math.nan
-        print(
-            f"{names[path]}: val loss {statistics.mean(column['val_loss']):.4f} ± {std:.4f}, "
-            f"{span(column['tokens_per_s'])} tokens/s, {span(column['seconds'])} s"
-        )
-        lines.append({"config": path, "runs": results[path]})
-    a, b = ([result["val_loss"] for result in results[path]] for path in paths)
-    difference, margin = paired(a, b)
-    words = verdict(*names.values(), difference, margin)
-    print(f"{words} (val loss, 95 % interval, {config.seeds} pairs)")
-    return [*lines, {"difference": difference, "margin": margin, "verdict": words}]
+# ---------------------------------------------------------------- statistics
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Compare two samples in pairs. → mean of b - a, half the width of its 95 % interval"""
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    if len(differences) < 2:
+        return differences[0], math.inf
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), t_quantile(len(differences) - 1) * error
+
+
+def t_quantile(degrees: int, probability: float = 0.95) -> float:
+    """The t for which Student's distribution has `probability` between -t and t, by bisection of the angle."""
+    low, high = 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        if t_probability(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def t_probability(angle: float, degrees: int) -> float:
+    """P(|T| < t) of Student's distribution, where `angle` is atan(t / √degrees).
+
+    A finite sum for whole degrees of freedom: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    """
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = cosine if odd else 1.0, 0.0
+    for k in range(2 + odd, degrees + 1, 2):  # the terms' powers of the cosine: k - 2
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Every figure of a GPU's table, in parts that take minutes each. Results are printed and written to OUT as JSON.
+# Measure every figure of the table for GPUs, in parts that take minutes each. Results are printed and written as JSON.
 #
 #   bench/gpu.sh tests                     the test suite, each test that takes a device on the GPU too
 #   bench/gpu.sh train ../nanoGPT          tokens/s at 10.7M parameters; GPT-2's shape and its MFU
 #   bench/gpu.sh stock ../nanoGPT          config/shakespeare_char.py beside nanoGPT's, whole processes, one pair
-#   bench/gpu.sh curve ../nanoGPT          the same weights and batches through both, loss by loss
+#   bench/gpu.sh replay ../nanoGPT         the same weights and batches through both, loss by loss
 #   bench/gpu.sh generate ../nanoGPT       tokens/s of generation
 #
-# Without a checkout of nanoGPT, ours is measured alone, but for curve, which needs one. In the environment: QUILL_CORPORA, the folder of
-# tinyshakespeare.txt; DEVICE (cuda), OUT (out/bench), PYTHON (python). nanoGPT's prepare.py needs the package requests.
+# Without a checkout of nanoGPT, ours is measured alone; only replay needs one. Environment variables: QUILL_CORPORA is the
+# folder of tinyshakespeare.txt, DEVICE the device (cuda), OUT the folder for results (out/bench), PYTHON the interpreter
+# (python). nanoGPT's prepare.py needs the package requests.
 set -euo pipefail
 
 part=${1:-} peer=${2:-} device=${DEVICE:-cuda} python=${PYTHON:-python}
 out=$(realpath -m "${OUT:-out/bench}")
+[ "$part" != curve ] || part=replay # its name before
 options=("--device=$device" "--data_dir=$out/data" "--out_dir=$out")
 if [ -n "$peer" ]; then
   peer=$(realpath -m "$peer")
@@ -27,11 +29,11 @@ fail() {
   exit 2
 }
 
-prepare() { # ours, and the peer's beside its own script
+prepare() { # our dataset, and nanoGPT's in its own folder
   local text=$corpora/tinyshakespeare.txt
   [ -f "$text" ] || fail "QUILL_CORPORA must be the folder of tinyshakespeare.txt"
   [ -z "$peer" ] || [ -f "$peer/train.py" ] || fail "$peer: there is no train.py; give a checkout of nanoGPT"
-  [ -n "$peer" ] || [ "$part" != curve ] || fail "curve needs a checkout of nanoGPT, as in gpu.sh curve ../nanoGPT"
+  [ -n "$peer" ] || [ "$part" != replay ] || fail "replay needs a checkout of nanoGPT, as in gpu.sh replay ../nanoGPT"
   "$python" prepare.py shakespeare_char "--input=$text" "--data_dir=$out/data"
   if [ -n "$peer" ] && [ ! -f "$peer/data/shakespeare_char/train.bin" ]; then
     cp "$text" "$peer/data/shakespeare_char/input.txt"
@@ -45,18 +47,18 @@ case $part in
     ;;
   train)
     prepare
-    "$python" python -m bench train "${options[@]}" --pairs=3
+    "$python" -m bench train "${options[@]}" --pairs=3
     ;;
-  curve)
+  replay)
     prepare
-    "$python" python -m bench curve "${options[@]}"
+    "$python" -m bench replay "${options[@]}"
     ;;
   stock)
     prepare
-    "$python" python -m bench loss "${options[@]}" --recipe=config/shakespeare_char.py --pairs=1
+    "$python" -m bench loss "${options[@]}" --recipe=config/shakespeare_char.py --pairs=1
     ;;
   generate)
-    "$python" python -m bench generate "${options[@]}" --pairs=3
+    "$python" -m bench generate "${options[@]}" --pairs=3
     ;;
   *)
     sed -n '2,/^set/{/^#/p}' "$here"

@@ -1,63 +1,70 @@
-"""The ladder of config/ladder/: each rung trained with several seeds, as a table and as the picture of README."""
+"""The ladder, config/ladder/: train each rung with several seeds, and show the losses as a table and as a picture."""
 
 import statistics
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from bench.measure import ROOT, flags, on_machine, process, trained
+from bench.measure import ROOT, Line, flags, machine_options, process, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.files import replacing
-from quill.options import TrainConfig
+from quill.options import BenchConfig, TrainConfig
 
-ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, how wide the picture is
+ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, the picture's width
+STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
+TITLE = "loss over the whole validation split, nats a character"
 
 
-def ladder(paths, given, config):
-    """Train every rung with seeds 1, 2, …; each run resumes where an earlier call was stopped. → a line for each rung
+def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
+    """Train every rung with seeds 1, 2, …; a run that an earlier call left unfinished is resumed. → a line for each
 
-    paths: the rungs to take, all if empty. given: training options that differ from their own. The picture of all rungs
-    as they are, three seeds or more, goes to docs, any other to out_dir.
+    paths: the rungs to train, all if empty. given: train.py's options that all runs get. The picture replaces
+    docs/ladder.svg only if all rungs were trained as shipped, with three seeds or more; else it goes to `--out_dir`.
     """
-    lines, paths = [], [Path(path) for path in paths]
     for path in paths:
-        read_config_file(path, TrainConfig)  # a mistake shows before the first run, not behind it
-    for path in paths or sorted((ROOT / "config" / "ladder").glob("*.py")):
-        runs = []
-        for seed in range(1, config.seeds + 1):
-            out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
-            own = {"seed": seed, "data_dir": config.data_dir} | on_machine(config)
-            last = trained(path, out_dir, given | own)[-1]
-            runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
-        best = Path(out_dir) / "best.pt"
-        options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | on_machine(config)
-        _, text = process(["sample.py", *flags(options)])
-        losses = [run["val_loss"] for run in runs]
-        line = {
-            "rung": path.stem,
-            "parameters": checkpoint.load_model(checkpoint.load(best), best).num_params(),
-            "val_loss": statistics.mean(losses),
-            "spread": max(losses) - min(losses),
-            "seconds": statistics.median(run["seconds"] for run in runs),
-            "text": [written[:100] for written in text.splitlines() if written.strip("- ")][:2],
-            "runs": runs,
-        }
-        lines.append(line)
+        read_config_file(path, TrainConfig)  # so that a mistake is reported before the first run
+    lines = []
+    for path in [Path(path) for path in paths] or sorted((ROOT / "config" / "ladder").glob("*.py")):
+        lines.append(line := train_rung(path, given, config))
         print(
             f"{line['rung']:12} {line['parameters']:9,} parameters  val loss {line['val_loss']:.3f} "
-            f"(spread {line['spread']:.3f}, n = {len(runs)})  {line['seconds']:5.1f} s",
+            f"(spread {line['spread']:.3f}, n = {len(line['runs'])})  {line['seconds']:5.1f} s",
             *(f"\n    {written}" for written in line["text"]),
             flush=True,
         )
-    as_they_are = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
-    folder = ROOT / "docs" if as_they_are else Path(config.out_dir)
+    as_shipped = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
+    folder = ROOT / "docs" if as_shipped else Path(config.out_dir)
     with replacing(folder / "ladder.svg") as (file,):
         file.write(draw(lines).encode())
     return lines
 
 
-def draw(lines):
-    """Rungs → SVG: for each its name, a dot at its mean loss and a bar over the range of its seeds."""
+def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
+    """Train one config with `config.seeds` seeds and draw a sample from the last run."""
+    runs, out_dir = [], ""
+    for seed in range(1, config.seeds + 1):
+        out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
+        options = given | {"seed": seed, "data_dir": config.data_dir} | machine_options(config)
+        last = train_or_resume(path, out_dir, options)[-1]
+        runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
+    best = Path(out_dir) / "best.pt"
+    options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | machine_options(config)
+    _, text = process(["sample.py", *flags(options)])
+    losses = [run["val_loss"] for run in runs]
+    return {
+        "rung": path.stem,
+        "parameters": checkpoint.load_model(checkpoint.load(best), best).num_params(),
+        "val_loss": statistics.mean(losses),
+        "spread": max(losses) - min(losses),
+        "seconds": statistics.median(run["seconds"] for run in runs),
+        "text": [written[:100] for written in text.splitlines() if written.strip("- ")][:2],
+        "runs": runs,
+    }
+
+
+def draw(lines: list[Line]) -> str:
+    """Draw the rungs as SVG: for each its name, a dot at its mean loss, and a bar over the range of its seeds."""
     losses = [run["val_loss"] for line in lines for run in line["runs"]]
     low, high = int(min(losses) * 10) / 10, int(max(losses) * 10 + 1) / 10
 
@@ -76,10 +83,8 @@ def draw(lines):
         parts.append(f'<path d="M{x(min(own))} {y}H{x(max(own))}" stroke="#c73" stroke-width="5"/>')
         parts.append(f'<circle cx="{x(line["val_loss"])}" cy="{y}" r="5" fill="#36c"/>')
         parts.append(f'<text x="{x(line["val_loss"]) + 12}" y="{y + 5}">{line["val_loss"]:.3f}</text>')
-    style = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
-    title = "loss over the whole validation split, nats a character"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">\n'
-        f"<title>The ladder: {title}</title>\n<style>{style}</style>\n"
-        f'<text x="{LEFT}" y="16" class="small">{title}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+        f"<title>The ladder: {TITLE}</title>\n<style>{STYLE}</style>\n"
+        f'<text x="{LEFT}" y="16" class="small">{TITLE}</text>\n' + "\n".join(parts) + "\n</svg>\n"
     )

@@ -1,14 +1,17 @@
-"""Running a command to its end, timing it, and showing what came out: what every bench needs."""
+"""What every bench needs: run a command and time it, train a config, read the results and print them."""
 
 import csv
+import json
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,68 +19,124 @@ from quill import checkpoint
 from quill.cli import read_config_file
 from quill.errors import UserError
 from quill.machine import pick_machine
-from quill.options import TrainConfig
+from quill.options import BenchConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
+Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
 
-def process(argv, cwd=ROOT):
-    """Run a command to its end. → seconds, what it printed. It must succeed."""
+
+# ---------------------------------------------------------------- processes
+
+
+def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = None) -> tuple[float, str]:
+    """Run `python *argv` to its end. → seconds, what it printed. A UserError if it fails"""
+    argv = [str(arg) for arg in argv]
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True)
+    done = run_python(argv, cwd, stdin)
     seconds = time.perf_counter() - began
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        words = ["a program"] if argv[0] == "-c" else [str(word) for word in argv if not str(word).startswith("--")]
+        words = [arg for arg in argv if not arg.startswith("-")]
         raise UserError(f"{' '.join(words)} in {cwd} failed: {reason}")
     return seconds, done.stdout
 
 
-def flags(options):
+def run_python(argv: list[str], cwd: Path | str, stdin: str | None) -> subprocess.CompletedProcess[str]:
+    """Run `python *argv` in the folder `cwd` with the text `stdin` as its input. Tests replace this function."""
+    argv = [sys.executable, *argv]
+    return subprocess.run(argv, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8")
+
+
+def program(name: str, **options: Any) -> Any:
+    """Run bench/programs/`name`.py in a process of its own. → the JSON value on the last line that it prints"""
+    _, out = process(["-m", f"bench.programs.{name}"], stdin=json.dumps(options))
+    return json.loads(out.splitlines()[-1])
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """{key: value} → `--key=value` for a command line."""
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def on_machine(config):
-    """The device and dtype that the bench was given, for a run's options; `auto` leaves a config file its own."""
+# ---------------------------------------------------------------- training runs
+
+
+def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> list[dict[str, str]]:
+    """Train config `path` with `options` in `out_dir`, or resume the run there. → rows of metrics.csv
+
+    A run that is finished is not trained again. A UserError if the folder holds a run with other options.
+    """
+    options = options | {"out_dir": out_dir, "init_from": "auto"}
+    last = Path(out_dir) / "last.pt"
+    if last.is_file():
+        state = checkpoint.load(last)
+        held = state["config"]
+        wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
+        may_differ = ("init_from", "device", "data_dir", "out_dir")
+        if other := [key for key in wanted if key not in may_differ and held.get(key) != wanted[key]]:
+            raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
+        if state["step"] >= wanted["max_iters"]:
+            return read_metrics(out_dir)
+    process(["train.py", path, *flags(options)])
+    return read_metrics(out_dir)
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv."""
+    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def machine_options(config: BenchConfig) -> dict[str, str]:
+    """The bench's `--device` and `--dtype`, as options of our scripts. `auto` is left out: a config may set its own."""
     return {key: getattr(config, key) for key in ("device", "dtype") if getattr(config, key) != "auto"}
 
 
-def on_gpu(config):
-    """Whether the bench's device is CUDA."""
-    return pick_machine(config).device.type == "cuda"
-
-
-def peer_machine(config):
-    """The device and dtype that ours has, for the peer, which knows no `auto` and on a CPU is in float32 always."""
+def peer_machine_options(config: BenchConfig) -> dict[str, str]:
+    """The device and dtype that our runs have, for the peer, which has no `auto`. On a CPU it always uses float32."""
     machine = pick_machine(config)
     device = machine.device.type if config.device == "auto" else config.device
     return {"device": device, "dtype": str(machine.dtype).removeprefix("torch.")}
 
 
-def hardware(config):
-    """→ the processor's name and the threads that torch would use, the GPU if that is used, and torch's version."""
+def on_gpu(config: BenchConfig) -> bool:
+    """Whether the bench's device is CUDA."""
+    return pick_machine(config).device.type == "cuda"
+
+
+def hardware(config: BenchConfig) -> str:
+    """Describe the GPU, or the processor and the number of threads that torch uses; and torch's version."""
+    machine = pick_machine(config)
+    if machine.device.type != "cpu":
+        return f"{machine.name}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         name = names[0] if names else name
-    machine = pick_machine(config)
-    if machine.device.type == "cpu":
-        return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
-    return f"{machine.name}, torch {torch.__version__}"
+    return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
 
 
-def in_turn(pairs, ours, peer=None):
-    """Measure `ours()` and `peer()` alternately. → [ours], [peer]"""
-    figures = ([], [])
+# ---------------------------------------------------------------- figures
+
+
+def in_turn(
+    pairs: int, ours: Callable[[], float], peer: Callable[[], float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Measure `ours()` and `peer()` alternately, `pairs` times each. → our figures, the peer's"""
+    figures: tuple[list[float], list[float]] = ([], [])
     for _ in range(pairs):
-        for measure, into in zip((ours, peer), figures, strict=True):
-            if measure is not None:
-                into.append(measure())
+        figures[0].append(ours())
+        if peer is not None:
+            figures[1].append(peer())
     return figures
 
 
-def row(what, unit, ours, peer, more_is_better):
-    """A line of the table: medians, ranges, and the ratio pair by pair, above 1 where we are better."""
+def row(what: str, unit: str, ours: list[float], peer: list[float], more_is_better: bool) -> Line:
+    """Print medians and ranges of both, and their ratio in pairs, which is above 1 where ours is better. → the line"""
     line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
     text = f"{what}: {span(ours)} {unit}"
     if peer:
@@ -87,34 +146,8 @@ def row(what, unit, ours, peer, more_is_better):
     return line
 
 
-def span(values):
+def span(values: Sequence[float]) -> str:
     """Median and range, to four digits."""
-    shown = [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in (
-        statistics.median(values), min(values), max(values)
-    )]  # fmt: skip
+    figures = (statistics.median(values), min(values), max(values))
+    shown = [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in figures]
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
-
-
-def trained(path, out_dir, options):
-    """Train config `path` with `options` in out_dir, or go on there where it was stopped. → rows of metrics.csv"""
-    options |= {"out_dir": out_dir, "init_from": "auto"}
-    last = Path(out_dir) / "last.pt"
-    if last.is_file():
-        state = checkpoint.load(last)
-        held = state["config"]
-        wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
-        if other := [
-            key
-            for key in wanted
-            if key not in ("init_from", "device", "data_dir", "out_dir") and held.get(key) != wanted[key]
-        ]:
-            raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
-        if state["step"] >= wanted["max_iters"]:
-            return metrics(out_dir)
-    process(["train.py", path, *flags(options)])
-    return metrics(out_dir)
-
-
-def metrics(folder):
-    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

@@ -1,6 +1,6 @@
-"""Our speed beside a peer's, in turn: training, a recipe to its loss, start-up, preparing text.
+"""Our speed beside a peer's, in turn: training, a recipe from start to end, start-up, preparing text.
 
-The peer is a checkout of nanoGPT, which stays outside. Without one, ours is measured alone.
+The peer is a checkout of nanoGPT, which is not part of quill. Without one, ours is measured alone.
 """
 
 import math
@@ -11,69 +11,90 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.measure import ROOT, flags, in_turn, metrics, on_gpu, on_machine, peer_machine, process, row
-from bench.shapes import BABY, GPT2, GPT2_IDS, LAPTOP
+from bench.measure import (
+    ROOT,
+    Line,
+    flags,
+    in_turn,
+    machine_options,
+    on_gpu,
+    peer_machine_options,
+    process,
+    read_metrics,
+    row,
+)
+from bench.shapes import GPT2, GPT2_IDS, LAPTOP, SHAKESPEARE_10M
 from model import GPT
 from quill.errors import UserError
 from quill.machine import pick_machine
-from quill.options import ModelConfig
+from quill.options import BenchConfig, ModelConfig
+
+PEER_CONFIG = "config/train_shakespeare_char.py"  # nanoGPT's config for Tiny Shakespeare
 
 
-def train(config):
-    """Tokens a second of training, evaluation left out, at the laptop recipe's shape and at 10.7M parameters.
+# ---------------------------------------------------------------- training
+
+
+def train(config: BenchConfig) -> list[Line]:
+    """Measure tokens per second of training, without evaluations, at the laptop recipe's shape and at 10.7M parameters.
 
     On a GPU: at 10.7M with nanoGPT's batch of 64, compiled; and ours alone at GPT-2's shape, with its MFU.
     """
     gpu = on_gpu(config)
-    lines = []
-    shapes = (("laptop shape", LAPTOP, 200), ("10.7M shape", BABY, 8))
+    shapes = [("laptop shape", LAPTOP, 200), ("10.7M shape", SHAKESPEARE_10M, 8)]
     if gpu:
-        shapes = (("10.7M shape, batch 64", BABY | {"batch_size": 64}, 800),)
+        shapes = [("10.7M shape, batch 64", SHAKESPEARE_10M | {"batch_size": 64}, 800)]
+    lines = []
     for name, shape, steps in shapes:
-        tokens = shape["batch_size"] * shape["block_size"]
         options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
-
-        def ours(options=options):
-            with tempfile.TemporaryDirectory() as folder:
-                extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
-                extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | on_machine(config)
-                process(["train.py", *flags(options | extra)])
-                speeds = [float(line["tokens_per_s"]) for line in metrics(folder)]
-                return statistics.harmonic_mean(speeds[1:])  # the first quarter holds the warm-up
-
-        def theirs(options=options, steps=steps, tokens=tokens):
-            with tempfile.TemporaryDirectory() as folder:
-                extra = {"out_dir": folder, "compile": gpu, "eval_iters": 1, "log_interval": 1}
-                extra |= peer_machine(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
-                _, out = process(["train.py", "config/train_shakespeare_char.py", *flags(options | extra)], config.peer)
-                times = [float(ms) for ms in re.findall(r"iter \d+: loss .*?, time ([\d.]+)ms", out)]
-                return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
-
-        figures = in_turn(config.pairs, ours, theirs if config.peer else None)
+        theirs = partial(peer_training_speed, config, options) if config.peer else None
+        figures = in_turn(config.pairs, partial(training_speed, config, options), theirs)
         lines.append(row(f"training, {name}", "tokens/s", *figures, more_is_better=True))
     return [*lines, *(gpt2(config) if gpu else [])]
 
 
-def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=16, steps=100):
-    """Training at GPT-2's shape on random tokens, ours alone: tokens a second, and the share of the peak that it is."""
-    options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
-    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | on_machine(config)
+def training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
+    """Tokens per second of one run of ours. Its first quarter is left out: it holds the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        # Every id once, so that the vocabulary is whole, then at random; all from a plane without surrogates.
-        drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
+        extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
+        extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | machine_options(config)
+        process(["train.py", *flags(options | extra)])
+        return statistics.harmonic_mean([float(line["tokens_per_s"]) for line in read_metrics(folder)][1:])
+
+
+def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
+    """Tokens per second of one run of nanoGPT's, from the times that it prints. The first quarter is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        extra = {"out_dir": folder, "compile": on_gpu(config), "eval_iters": 1, "log_interval": 1}
+        extra |= peer_machine_options(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
+        _, out = process(["train.py", PEER_CONFIG, *flags(options | extra)], config.peer)
+    times = [float(ms) for ms in re.findall(r"iter \d+: loss .*?, time ([\d.]+)ms", out)]
+    tokens = options["batch_size"] * options["block_size"]
+    return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
+
+
+def gpt2(
+    config: BenchConfig, shape: dict[str, Any] = GPT2, ids: int = GPT2_IDS, batch_size: int = 16, steps: int = 100
+) -> list[Line]:
+    """Measure our training at GPT-2's shape on random tokens: tokens per second, and their share of the peak (MFU)."""
+    options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
+    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | machine_options(config)
+    with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "random.txt"
-        text.write_text("".join(chr(0x10000 + number) for number in drawn.tolist()), encoding="utf-8")
+        text.write_text(random_text(ids), encoding="utf-8")
         process(["prepare.py", f"--input={text}", "--dataset=random", f"--data_dir={folder}"])
         options |= {"data_dir": folder, "out_dir": f"{folder}/run", "overwrite": True}
 
         def ours():
             process(["train.py", *flags(options)])
-            return float(metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half holds the compiling
+            return float(read_metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half includes compiling
 
         speeds, _ = in_turn(config.pairs, ours)
     machine = pick_machine(config)
@@ -86,56 +107,80 @@ def gpt2(config, shape=GPT2, ids=GPT2_IDS, batch_size=16, steps=100):
     return lines
 
 
-def loss(config):
-    """A recipe, the laptop's for the peer, from the command to its end, and the best full-split loss that it reaches.
+def random_text(ids: int) -> str:
+    """A text of `ids` different characters: each once, so that the vocabulary is complete, then 20 times `ids` drawn.
 
-    On a GPU, the peer's is its own for Tiny Shakespeare, as shipped, compiling included. Each of our runs has a seed of
-    its own, 1, 2, …; the peer's is always the same.
+    The characters begin at U+10000, where there are no surrogates.
     """
-    losses = ([], [])
+    drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
+    return "".join(chr(0x10000 + number) for number in drawn.tolist())
+
+
+# ---------------------------------------------------------------- whole processes
+
+
+def loss(config: BenchConfig) -> list[Line]:
+    """Measure the whole process of `--recipe`, nanoGPT's laptop recipe for the peer, and the best full-split loss.
+
+    On a GPU, the peer runs its own config for Tiny Shakespeare as shipped, compiling included. Our runs have seeds
+    1, 2, …; the peer's seed is always the same.
+    """
+    losses: tuple[list[float], list[float]] = ([], [])
 
     def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            extra = {"out_dir": folder, "data_dir": config.data_dir, "seed": len(losses[0]) + 1} | on_machine(config)
-            seconds, _ = process(["train.py", config.recipe, *flags(extra)])
-            losses[0].append(min(float(line["val_loss"]) for line in metrics(folder)))
-            return seconds
+        seconds, best = recipe_run(config, seed=len(losses[0]) + 1)
+        losses[0].append(best)
+        return seconds
 
     def theirs():
-        with tempfile.TemporaryDirectory() as folder:
-            # nanoGPT's README, "I only have a macbook".
-            recipe = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
-            recipe = {} if on_gpu(config) else recipe | {"compile": False}
-            extra = {"out_dir": folder} | peer_machine(config)
-            argv = ["train.py", "config/train_shakespeare_char.py", *flags(recipe | extra)]
-            seconds, _ = process(argv, config.peer)
-            evaluation = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
-            evaluation |= on_machine(config)
-            _, out = process(["train.py", *flags(evaluation), "--eval_only"])
-            losses[1].append(float(re.search(r"val loss ([\d.]+)", out)[1]))
-            return seconds
+        seconds, best = peer_recipe_run(config)
+        losses[1].append(best)
+        return seconds
 
     figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-    # nanoGPT's checkpoint is that of its best evaluation.
     lines = [row(f"{config.recipe}, whole process", "s", *figures, more_is_better=False)]
     print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
     return [*lines, row("best full-split val loss", "nats", *losses, more_is_better=False)]
 
 
-def start(config):
-    """From the command to the end of the first step, on prepared data, less the time of `import torch` alone."""
+def recipe_run(config: BenchConfig, seed: int) -> tuple[float, float]:
+    """Run `--recipe` once with train.py. → seconds, the best validation loss"""
     with tempfile.TemporaryDirectory() as folder:
-        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | on_machine(config)
+        options = {"out_dir": folder, "data_dir": config.data_dir, "seed": seed} | machine_options(config)
+        seconds, _ = process(["train.py", config.recipe, *flags(options)])
+        return seconds, min(float(line["val_loss"]) for line in read_metrics(folder))
+
+
+def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
+    """Run nanoGPT's recipe once. → seconds, the validation loss of its checkpoint, which is that of its best evaluation
+
+    nanoGPT estimates its loss on random batches. Ours evaluates the checkpoint on the whole split.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # nanoGPT's README, "I only have a macbook".
+        recipe = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
+        recipe = {} if on_gpu(config) else recipe | {"compile": False}
+        options = recipe | {"out_dir": folder} | peer_machine_options(config)
+        seconds, _ = process(["train.py", PEER_CONFIG, *flags(options)], config.peer)
+        options = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
+        _, out = process(["train.py", *flags(options | machine_options(config)), "--eval_only"])
+    printed = re.search(r"val loss ([\d.]+)", out)
+    assert printed, out
+    return seconds, float(printed[1])
+
+
+def start(config: BenchConfig) -> list[Line]:
+    """Measure from the command to the end of the first step, on prepared data, less the time of `import torch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
         options |= {"gradient_accumulation_steps": 1, "overwrite": True, "out_dir": folder, "max_iters": 10**6}
 
         def ours():
             began = time.perf_counter()
             argv = [sys.executable, "train.py", *flags(options)]
             with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:
-                for line in training.stdout:
-                    if line.startswith("step 1/"):
-                        break
-                else:
+                assert training.stdout
+                if not any(line.startswith("step 1/") for line in training.stdout):
                     raise UserError("start: train.py ended before its first step")
                 seconds = time.perf_counter() - began
                 training.kill()
@@ -145,14 +190,14 @@ def start(config):
     return [row("start-up to the first step, less import torch", "s", figures, [], more_is_better=False)]
 
 
-def prepare(config):
-    """100 MB of Tiny Shakespeare's characters into train.bin and val.bin, whole process."""
+def prepare(config: BenchConfig) -> list[Line]:
+    """Measure the whole process that turns 100 MB, copies of Tiny Shakespeare, into train.bin and val.bin."""
+    corpora = os.environ.get("QUILL_CORPORA")
+    if not corpora:
+        raise UserError("prepare: set the environment variable QUILL_CORPORA to the folder of tinyshakespeare.txt")
+    corpus = (Path(corpora) / "tinyshakespeare.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "input.txt"
-        known = os.environ.get("QUILL_CORPORA")
-        if not known:
-            raise UserError("prepare: set the environment variable QUILL_CORPORA to the folder of tinyshakespeare.txt")
-        corpus = (Path(known) / "tinyshakespeare.txt").read_text(encoding="utf-8")
         text.write_text(corpus * math.ceil(100e6 / len(corpus)), encoding="utf-8")
         size = text.stat().st_size / 1e6
 
@@ -160,8 +205,8 @@ def prepare(config):
             return process(["prepare.py", f"--input={text}", "--dataset=x", f"--data_dir={folder}"])[0]
 
         def theirs():
+            # nanoGPT's script reads input.txt in its own folder: a copy of it, in the text's folder, reads our text.
             script = Path(config.peer) / "data" / "shakespeare_char" / "prepare.py"
-            # It reads input.txt beside itself, so a copy of the script beside the text reads the text.
             (Path(folder) / "prepare.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
             return process(["prepare.py"], folder)[0]
 

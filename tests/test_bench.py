@@ -1,30 +1,75 @@
 """python -m bench: the statistics by hand, a comparison from end to end, and its mistakes."""
 
+import io
 import json
 import math
 import statistics
+import subprocess
 import xml.etree.ElementTree
+from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import prepare
+import sample
+import train
 from bench import __main__ as bench
-from bench import curve, measure, peers
-from bench.compare import paired, verdict
+from bench import measure, peers, replay
+from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import draw
+from bench.programs import generate_nanogpt, replay_nanogpt
 from quill.cli import read_config_file
 from quill.errors import UserError
+from quill.optimizer import learning_rate
 from quill.options import BenchConfig, TrainConfig
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The benches' commands run in this process: a process of its own would import torch for each of them."""
+    scripts = {"train.py": train, "sample.py": sample, "prepare.py": prepare}
+
+    def run_python(argv, cwd, stdin):
+        assert cwd == measure.ROOT
+        out, err, code = io.StringIO(), "", 0
+        with redirect_stdout(out):
+            try:
+                if argv[0] == "-m":
+                    print(json.dumps(import_module(argv[1]).main(**json.loads(stdin))))
+                else:
+                    code = scripts[argv[0]].main(argv[1:])
+            except UserError as error:
+                code, err = 2, f"{argv[0]}: {error}"
+        return subprocess.CompletedProcess(argv, code or 0, out.getvalue(), err)
+
+    monkeypatch.setattr(measure, "run_python", run_python)
+
+
+def test_a_process_and_its_failure():
+    seconds, out = measure.process(["prepare.py", "--help"])
+    assert seconds > 0
+    assert "--tokenizer" in out
+    with pytest.raises(UserError, match="prepare.py nonsense in .* failed: prepare.py: nonsense is not a known corpus"):
+        measure.process(["prepare.py", "nonsense"])
 
 
 def test_paired_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1/√3, t of 2 degrees of freedom 4.303."""
-    mean, margin = paired([0, 0, 0], [1, 2, 3])
-    assert mean == 2 and margin == pytest.approx(4.303 / math.sqrt(3))
-    assert paired([1.0], [3.0]) == (2.0, math.inf)
-    _, margin = paired([0] * 100, [0, 1] * 50)
-    assert margin == pytest.approx(1.96 * statistics.stdev([0, 1] * 50) / 10)
+    mean, margin = paired_difference([0, 0, 0], [1, 2, 3])
+    assert mean == 2 and margin == pytest.approx(4.303 / math.sqrt(3), abs=0.0005)
+    assert paired_difference([1.0], [3.0]) == (2.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    "degrees, t",
+    [(1, 12.706), (2, 4.303), (3, 3.182), (14, 2.145), (15, 2.131), (30, 2.042), (99, 1.984), (1000, 1.962)],
+)
+def test_t_quantile(degrees, t):
+    """The values of printed tables, to their three decimals."""
+    assert t_quantile(degrees) == pytest.approx(t, abs=0.0005)
 
 
 def test_verdicts():
@@ -34,7 +79,7 @@ def test_verdicts():
     assert "can't be told apart" in verdict("a", "b", 0.5, math.inf)
 
 
-def test_compare_trains_both_resumes_and_tells_them_apart(flags, tmp_path, capsys):
+def test_compare_trains_both_resumes_and_tells_them_apart(flags, in_process, tmp_path, capsys):
     """Learning rates 1e-2 and 1e-5: the first must win, and a second call has nothing left to train."""
     keep = [flag for flag in flags(max_iters=30) if not flag.startswith(("--data_dir", "--out_dir", "--l", "--min"))]
     data_dir = next(flag for flag in flags() if flag.startswith("--data_dir"))
@@ -77,7 +122,7 @@ def test_each_rung_has_one_ingredient_more():
     assert classic.items() <= rungs[-1].items() and rungs[-1]["dropout"] > 0
 
 
-def test_a_rung_trains_samples_and_is_drawn(flags, tmp_path, capsys):
+def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys):
     """Two seeds of a bigram model: as many parameters as two matrices of V × 16 have."""
     wanted = ("--max", "--eval", "--dataset", "--batch", "--grad", "--block", "--n_embd")
     keep = [flag for flag in flags(max_iters=20) if flag.startswith(wanted)]
@@ -96,7 +141,7 @@ def test_a_rung_trains_samples_and_is_drawn(flags, tmp_path, capsys):
 
 
 def test_ladder_picture_is_to_scale():
-    """Three losses at equal distances stand at equal distances, and a wider range of seeds is a longer bar."""
+    """Equal differences in loss are equal distances in the picture, and a wider range of seeds is a longer bar."""
     lines = [
         {"rung": f"{i}_<x>", "val_loss": loss, "runs": [{"val_loss": loss - i / 50}, {"val_loss": loss + i / 50}]}
         for i, loss in enumerate((2.5, 2.0, 1.5))
@@ -110,7 +155,7 @@ def test_ladder_picture_is_to_scale():
     assert max(dots) + 60 < float(picture.get("width"))
 
 
-def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, tmp_path, capsys):
+def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, in_process, tmp_path, capsys):
     keep = [flag for flag in flags(max_iters=2) if not flag.startswith(("--data_dir", "--out_dir"))]
     argv = ["ladder", str(RUNGS[0]), "--seeds=1", next(flag for flag in flags() if flag.startswith("--data_dir"))]
     bench.main([*argv, f"--out_dir={tmp_path}", *keep])
@@ -118,7 +163,7 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, tmp_
         bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"])
 
 
-def test_gpt2_s_share_of_the_peak_by_hand(monkeypatch):
+def test_gpt2_s_share_of_the_peak_by_hand(in_process, monkeypatch):
     """On a tiny shape and 300 ids, and a CPU said to do 10⁹ FLOP/s: 6 for each weight that multiplies, 12 L C T."""
     monkeypatch.setattr("quill.machine.PEAK_FLOPS", {"cpu": 1e9})
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
@@ -132,34 +177,40 @@ def test_gpt2_s_share_of_the_peak_by_hand(monkeypatch):
 
 @pytest.fixture
 def peer(tmp_path):
-    """A stand-in for nanoGPT: quill's model behind nanoGPT's names, and another AdamW with the same settings."""
+    """A stand-in for nanoGPT: quill's model under nanoGPT's names, and another AdamW with the same settings."""
     folder = tmp_path / "peer"
     folder.mkdir()
     (folder / "train.py").touch()
     (folder / "model.py").write_text(
-        f"""
-import importlib.util, sys
-sys.path.append({str(measure.ROOT)!r})
-spec = importlib.util.spec_from_file_location("quill_model", {str(measure.ROOT / "model.py")!r})
-quill = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(quill)
+        """
 import torch
+import model
 from quill.options import ModelConfig
 def GPTConfig(vocab_size, **options):
     return ModelConfig(**options), vocab_size
-class GPT(quill.GPT):
+class GPT(model.GPT):
     def __init__(self, config):
         super().__init__(*config)
     def forward(self, idx, targets=None):
         return super().forward(idx, None if targets is None else targets.view(-1).view(targets.shape))
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        groups = [{{"params": [p for p in self.parameters() if (p.dim() > 1) == matrix]}} for matrix in (True, False)]
+        groups = [{"params": [p for p in self.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
         groups[1]["weight_decay"] = 0.0
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 """,
         encoding="utf-8",
     )
     return folder
+
+
+SMALL = {"shape": {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16}, "vocab_size": 5, "tokens": 8}
+SMALL |= {"device": "cpu", "dtype": "float32", "batch_size": 1}
+
+
+def test_programs_that_generate(peer):
+    """Ours in a process of its own, as the bench runs it; the peer's here."""
+    assert measure.program("generate_quill", **SMALL) > 0
+    assert generate_nanogpt.main(peer=str(peer), **SMALL) > 0
 
 
 @pytest.mark.slow
@@ -173,31 +224,30 @@ def test_generation_is_measured_beside_a_peer(peer, tmp_path, capsys):
     assert capsys.readouterr().out.count("10.7M, one sample") == 1 + (find_spec("transformers") is not None)
 
 
-@pytest.mark.slow
-def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, monkeypatch, tmp_path):
-    """The replay in the peer's process: the same losses to float32's rounding; another learning rate, others."""
+def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process, monkeypatch, tmp_path):
+    """Beside a peer that is quill, the losses agree to float32's rounding; with another learning rate they don't."""
     (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
     config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
-    (line,) = curve.curve(config, shape)
+    (line,) = replay.replay(config, shape)
     assert len(line["ours"]) == 6 and line["max_abs_difference"] < 1e-6
-    slower = curve.REPLAY.replace("= learning_rate(step, config)", "= learning_rate(step, config) / 2")
-    monkeypatch.setattr(curve, "REPLAY", slower)
-    assert curve.curve(config, shape)[0]["max_abs_difference"] > 1e-4
+    monkeypatch.setattr(replay_nanogpt, "learning_rate", lambda step, config: learning_rate(step, config) / 2)
+    assert replay.replay(config, shape)[0]["max_abs_difference"] > 1e-4
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, curve, generate, start, prepare, ladder, compare"),
+        ([], "give one of train, loss, replay, generate, start, prepare, ladder, compare"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
-        (["curve"], "curve: give a checkout of nanoGPT"),
-        (["curve", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
+        (["replay"], "replay: give a checkout of nanoGPT"),
+        (["curve"], "replay: give a checkout of nanoGPT"),  # its name before
+        (["replay", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
         (["start", "--pairs=0"], "--pairs=0"),
