@@ -76,9 +76,8 @@ class BatchedMuon(torch.optim.Muon):
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 gradients = [parameter.grad for parameter in parameters]
                 buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
-                # Nesterov's momentum
-                updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's momentum
                 wide = torch.stack([u.T if u.size(0) > u.size(1) else u for u in updates])
                 wide = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for parameter, update in zip(parameters, wide, strict=True):

@@ -212,7 +212,7 @@ class PrepareConfig(Checked):
 class BenchConfig(SystemConfig):
     """Benchmarks"""
 
-    peer: str = option("", "a checkout of nanoGPT to measure beside ours; empty measures ours alone (curve needs one)")
+    peer: str = option("", "a checkout of nanoGPT to measure beside ours; empty measures ours alone (replay needs one)")
     pairs: int = option(5, "runs of each, in turn", at_least=1)
     seeds: int = option(3, "compare, ladder: seeds for each config", at_least=1)
     recipe: str = option("config/shakespeare_char_cpu.py", "loss: the config to run")
