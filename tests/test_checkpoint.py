@@ -1,4 +1,4 @@
-"""checkpoint.py: whole or not at all, never executed, every kind of damage named; nanoGPT's file opens."""
+"""checkpoint.py: whole or not at all, never executed, every kind of damage named."""
 
 import os
 import pickle
@@ -156,27 +156,3 @@ def test_a_crash_while_saving_keeps_the_checkpoint_before(path, monkeypatch, die
     checkpoint.save(path, state(seed=1))  # and what is left over is in nobody's way
     assert os.listdir(path.parent) == ["last.pt"]
     assert torch.equal(checkpoint.load(path)["model"]["lm_head.weight"], state(seed=1)["model"]["lm_head.weight"])
-
-
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_nanogpts_checkpoint(tmp_path, prefix):
-    """As its train.py writes it: model_args, weights (compiled: behind a prefix; old: with mask buffers), optimizer."""
-    ours = state()
-    weights = {prefix + name: tensor for name, tensor in ours["model"].items()}
-    weights[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
-    theirs = {
-        "model": weights,
-        "optimizer": {"state": {}, "param_groups": []},
-        "model_args": SHAPE | {"vocab_size": 11},
-        "iter_num": 250,
-        "best_val_loss": torch.tensor(1.25),
-        "config": {"dataset": "prose", "out_dir": "out"},
-    }
-    torch.save(theirs, tmp_path / "ckpt.pt")
-    loaded = checkpoint.load(tmp_path / "ckpt.pt")
-    assert (loaded["step"], loaded["best_val_loss"], loaded["config"]["dataset"]) == (250, 1.25, "prose")
-    model = checkpoint.load_model(loaded, "")
-    assert all(torch.equal(value, ours["model"][key]) for key, value in model.state_dict().items())
-    del theirs["model_args"]["n_head"]
-    torch.save(theirs, tmp_path / "ckpt.pt")
-    refused(tmp_path / "ckpt.pt", "n_head")
