@@ -94,6 +94,7 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = rms_norm(config.n_embd // config.n_head) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotary=None, cache=None):
+        """`x` (B, T, C) → (B, T, C). rotary, cache: see `GPT.final_hidden`."""
         q, k, v = self.qkv(x, rotary)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, tokens so far, D)
@@ -128,6 +129,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
+        """`x` (B, T, C) → (B, T, C)."""
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
@@ -143,6 +145,7 @@ class Block(nn.Module):
         self.mlp = MLP(config) if config.mlp_ratio else None
 
     def forward(self, x, rotary=None, cache=None):
+        """The residual stream `x` (B, T, C) → (B, T, C)."""
         x = self.add(x, self.attn(self.ln_1(x), rotary, cache))
         return x if self.mlp is None else self.add(x, self.mlp(self.ln_2(x)))
 

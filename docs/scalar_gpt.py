@@ -159,7 +159,7 @@ def cross_entropy(ids, weights):
     """Mean loss in nats. Of `BOS a b c BOS`, `BOS a b c` predicts `a b c BOS`; at most BLOCK_SIZE tokens are used."""
     ids = ids[: BLOCK_SIZE + 1]
     rows = zip(forward(ids[:-1], weights), ids[1:], strict=True)
-    return sum(softmax(logits)[target].log() for logits, target in rows) / (1 - len(ids))
+    return sum((softmax(logits)[target].log() for logits, target in rows), Value(0.0)) / (1 - len(ids))
 
 
 def adam_step(parameters, m, v, step):

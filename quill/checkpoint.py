@@ -145,7 +145,7 @@ def resolve_start(
 
     A UserError says which option contradicts the checkpoint, or that out_dir holds another run.
     """
-    given = from_file | flags
+    given: dict[str, Any] = from_file | flags
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     init_from = given.get("init_from", TrainConfig.init_from)
     # Both files hold a whole state. A run that is killed in its very first save leaves best.pt alone.
@@ -165,7 +165,8 @@ def resolve_start(
 
     # 2. scratch: the options alone.
     if init_from == "scratch":
-        return TrainConfig(**(given | {"init_from": "scratch"})), flags, None
+        given["init_from"] = "scratch"
+        return TrainConfig(**given), flags, None
 
     # 3. fine-tune: the checkpoint's architecture and weights. All else, the optimizer too, starts anew.
     if init_from.startswith("gpt2"):

@@ -1,0 +1,138 @@
+"""machine.py: the device and dtype that are picked, peaks, memory errors and signals."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from quill import machine as module
+from quill.distributed import ProcessGroup
+from quill.errors import UserError
+from quill.machine import Machine, StopSignals, memory_limits, pick_machine
+from quill.options import SampleConfig
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_and_its_dtypes(monkeypatch):
+    machine = pick_machine(SampleConfig(device="cpu", dtype="float32"))
+    assert machine.device == CPU and machine.dtype == torch.float32 and machine.name.startswith("cpu, ")
+    assert machine.group == ProcessGroup(rank=0, world_size=1) and machine.peak_flops is None
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, test, lambda supported=supported: supported, raising=False)
+        assert pick_machine(SampleConfig(device="cpu")).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"device": "tpu"}, "--device=tpu: there is no such device; use auto, cpu, cuda, cuda:1 or mps"),
+        ({"device": "cpu:1"}, "--device=cpu:1"),
+        ({"device": ""}, "--device="),
+        ({"device": "cpu", "dtype": "float16"}, "--dtype=float16 is for GPUs"),
+    ],
+)
+def test_what_is_not_there_is_one_line(options, words):
+    with pytest.raises(UserError) as error:
+        pick_machine(SampleConfig(**options))
+    assert words in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_without_cuda():
+    with pytest.raises(UserError, match="--device=cuda: torch finds no CUDA here"):
+        pick_machine(SampleConfig(device="cuda"))
+
+
+def test_a_process_needs_a_gpu_of_its_own(monkeypatch):
+    """Two processes and one GPU, as torch would report them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    pair = ProcessGroup(rank=1, world_size=2)
+    with pytest.raises(UserError, match="cuda:1: this machine has 1 GPUs"):
+        pick_machine(SampleConfig(device="cuda"), pair)
+    with pytest.raises(UserError, match="--device=cuda:0: 2 processes take a GPU each"):
+        pick_machine(SampleConfig(device="cuda:0"), pair)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A1000", None),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+    ],
+)
+def test_peaks_by_name(name, peak):
+    assert Machine(device=torch.device("cuda"), dtype=torch.bfloat16, name=name).peak_flops == peak
+    assert Machine(device=torch.device("cuda"), dtype=torch.float32, name=name).peak_flops is None
+
+
+def test_autocast_computes_in_the_dtype():
+    linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        with Machine(device=CPU, dtype=dtype, name="cpu").autocast():
+            assert linear(x).dtype == dtype
+
+
+def test_seeding_repeats():
+    machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
+    drawn = []
+    for seed in (3, 3, 4):
+        machine.seed(seed)
+        drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_is_one_line(error):
+    machine = Machine(device=CPU, dtype=torch.float32, name="cpu, 2 threads")
+    with (
+        pytest.raises(UserError, match="cpu, 2 threads is out of memory; use a smaller --batch_size"),
+        memory_limits(machine),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="something else"), memory_limits(machine):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_a_second_ctrl_c_interrupts(number, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert stop.agreed(ProcessGroup()) == 0
+        os.kill(os.getpid(), number)
+        assert stop.agreed(ProcessGroup()) == number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(number) is before
+
+
+def test_compile_falls_back_to_the_model(monkeypatch, capsys):
+    """A compiler that fails, on the first call or at once, costs a note."""
+
+    def broken(model):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = torch.nn.Linear(2, 2)
+    machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
+
+    class Batches:
+        def step(self, step):
+            return 4, [(torch.ones(1, 2), torch.ones(1, 2), 4)]
+
+    assert module.compile_model(model, Batches(), True, machine) is model
+    assert capsys.readouterr().err == "note: torch.compile failed (no compiler here); training continues uncompiled\n"
+    assert module.compile_model(model, Batches(), "auto", machine) is model  # auto is for CUDA
+    assert capsys.readouterr().err == ""

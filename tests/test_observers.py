@@ -1,0 +1,108 @@
+"""observers/: each event reaches every observer once, with the numbers of the run; metrics.csv; the console."""
+
+import csv
+import math
+
+import pytest
+
+import train
+from quill import observers
+from quill.errors import UserError
+from quill.observers.metrics_csv import COLUMNS, MetricsFile
+from quill.observers.observer import Evaluation, Observer
+
+EVALUATION = Evaluation(
+    step=20, lr=0.1, train_loss=2.0, val_loss=1.5, tokens_per_s=1234.5, seconds=3.00049, samples=["one", "two"]
+)
+
+
+class Recorder(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def stepped(self):
+        self.events.append("stepped")
+
+    def read(self, reading):
+        self.events.append(reading)
+
+    def evaluated(self, evaluation):
+        self.events.append(evaluation)
+
+    def finished(self, best_val_loss, samples):
+        self.events.append(("finished", best_val_loss, samples))
+
+    def close(self):
+        self.events.append("closed")
+
+
+def test_a_run_tells_every_event_once_and_in_order(flags, monkeypatch, tmp_path):
+    recorder, opened = Recorder(), observers.Observers.__init__
+
+    def open_with_recorder(self, *args):
+        opened(self, *args)
+        self.observers.append(recorder)
+
+    monkeypatch.setattr(observers.Observers, "__init__", open_with_recorder)
+    assert train.main(flags(max_iters=6, eval_interval=4, log_interval=3, eval_samples=1, final_samples=2)) == 0
+    names = [event if isinstance(event, str) else type(event).__name__ for event in recorder.events]
+    assert names == [
+        *["stepped"] * 3, "Reading", "stepped", "Reading", "Evaluation",
+        *["stepped"] * 2, "Reading", "Evaluation", "tuple", "closed",
+    ]  # fmt: skip
+    readings = [event for event in recorder.events if isinstance(event, observers.Reading)]
+    evaluations = [event for event in recorder.events if isinstance(event, Evaluation)]
+    assert [reading.step for reading in readings] == [3, 4, 6]
+    assert [evaluation.step for evaluation in evaluations] == [4, 6]
+    assert evaluations[0].train_loss == pytest.approx((3 * readings[0].loss + readings[1].loss) / 4)
+    assert evaluations[1].train_loss == pytest.approx(readings[2].loss)
+    assert [len(evaluation.samples) for evaluation in evaluations] == [1, 1] and len(recorder.events[-2][2]) == 2
+    with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row, evaluation in zip(rows, evaluations, strict=True):
+        assert float(row["val_loss"]) == evaluation.val_loss and float(row["lr"]) == evaluation.lr
+        assert float(row["perplexity"]) == math.exp(evaluation.val_loss)
+
+
+def test_observers_are_closed_after_an_error(flags, monkeypatch):
+    recorder, opened = Recorder(), observers.Observers.__init__
+
+    def open_with_recorder(self, *args):
+        opened(self, *args)
+        self.observers.append(recorder)
+
+    def broken(*args):
+        raise UserError("no")
+
+    monkeypatch.setattr(observers.Observers, "__init__", open_with_recorder)
+    monkeypatch.setattr(train, "train_step", broken)
+    with pytest.raises(UserError):
+        train.main(flags())
+    assert recorder.events == ["closed"]
+
+
+def test_metrics_rows_by_hand(tmp_path):
+    metrics = MetricsFile(str(tmp_path), 0)
+    metrics.evaluated(EVALUATION)
+    lines = (tmp_path / "metrics.csv").read_bytes().decode().split("\n")
+    assert lines == [",".join(COLUMNS), f"20,0.1,2.0,1.5,{math.exp(1.5)},1234.5,3.0", ""]
+
+
+def test_rows_after_the_checkpoint_and_damaged_rows_are_dropped(tmp_path):
+    metrics = MetricsFile(str(tmp_path), 0)
+    for step in (10, 20, 30):
+        metrics.evaluated(Evaluation(step, 0.1, 2.0, 1.5, 1.0, 1.0, []))
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(path.read_bytes() + b"\n\0\0\n15,0.1\nx,0.1,2.0,1.5,1.0,1.0,1.0\n25")
+    MetricsFile(str(tmp_path), 20)
+    assert [line.split(",")[0] for line in path.read_text(encoding="utf-8").splitlines()] == ["step", "10", "20"]
+
+
+def test_a_row_that_cant_be_written_is_one_line(tmp_path):
+    metrics = MetricsFile(str(tmp_path), 0)
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(UserError, match="can't write .*metrics.csv: Is a directory"):
+        metrics.evaluated(EVALUATION)
