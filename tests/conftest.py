@@ -1,5 +1,6 @@
 """Small datasets, prepared once, and a run of a few seconds on them."""
 
+import os
 import random
 
 import pytest
@@ -25,6 +26,10 @@ TINY = {
     "device": "cpu",
     "dtype": "float32",
 }
+ALICE = "Alice was beginning to get very tired of sitting by her sister on the bank.\n" * 20
+needs_corpora = pytest.mark.skipif(
+    "QUILL_CORPORA" not in os.environ, reason="QUILL_CORPORA is not set to a folder with the real texts"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +68,13 @@ def flags(data_dir, tmp_path):
         return [f"--{key}={value}" for key, value in options.items()]
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="text.txt"):
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write

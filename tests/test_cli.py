@@ -10,7 +10,7 @@ import pytest
 
 from quill.cli import CONFIG_DIR, config_files, help_text, list_configs, read_args, read_config_file
 from quill.errors import UserError
-from quill.options import ModelConfig, PrepareConfig, SampleConfig, TrainConfig
+from quill.options import PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,30 +23,6 @@ def config_file(tmp_path, text):
     path = tmp_path / "run.py"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_defaults_that_nanogpt_has_are_nanogpts():
-    """nanoGPT's train.py, read off its repository: github.com/karpathy/nanoGPT."""
-    config = dataclasses.asdict(TrainConfig())
-    theirs = {
-        "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_only": False, "init_from": "scratch",
-        "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024,
-        "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4,
-        "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
-        "warmup_iters": 2000, "min_lr": 6e-5,
-    }  # fmt: skip
-    assert {key: config[key] for key in theirs} == theirs
-    assert TrainConfig().decay_end == 600000 and TrainConfig(max_iters=7).decay_end == 7
-    theirs = {
-        "num_samples": 10,
-        "max_new_tokens": 500,
-        "temperature": 0.8,
-        "top_k": 200,
-        "seed": 1337,
-        "out_dir": "out",
-    }
-    config = dataclasses.asdict(SampleConfig())
-    assert {key: config[key] for key in theirs} == theirs
 
 
 @pytest.mark.parametrize(
@@ -106,32 +82,6 @@ def test_values_of_a_file_keep_their_types(tmp_path):
 def test_wrong_flags(argv, words):
     with pytest.raises(UserError) as error:
         flags(*argv)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"n_embd": 10, "n_head": 3}, ["--n_embd=10", "--n_head=3"]),
-        ({"n_embd": 6, "n_head": 2, "position": "rope"}, ["--position=rope", "even"]),
-        ({"n_layer": -1}, ["--n_layer=-1", "at least 0"]),
-        ({"n_embd": 0}, ["--n_embd=0"]),
-        ({"batch_size": 0}, ["--batch_size=0"]),
-        ({"max_iters": 0}, ["--max_iters=0"]),
-        ({"learning_rate": 0.0}, ["--learning_rate=0.0", "above 0"]),
-        ({"learning_rate": float("nan")}, ["--learning_rate=nan", "finite"]),
-        ({"warmup_iters": 10**400}, ["--warmup_iters=1000", "sensible"]),
-        ({"out_dir": ""}, ["--out_dir= is empty"]),
-        ({"dropout": 1.0}, ["--dropout=1.0", "below 1"]),
-        ({"min_lr": 1.0}, ["--min_lr=1.0", "--learning_rate=0.0006"]),
-        ({"wsd_decay": 1.5}, ["--wsd_decay=1.5"]),
-        ({"mlp_ratio": 0.001, "n_embd": 12}, ["--mlp_ratio=0.001"]),
-        ({"ema_decay": 1.0}, ["--ema_decay=1.0"]),
-    ],
-)
-def test_wrong_values(options, words):
-    with pytest.raises(UserError) as error:
-        TrainConfig(**options)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
@@ -217,8 +167,3 @@ def test_the_schema_imports_the_standard_library_alone():
     code = "import quill.cli, sys; print(not {'torch', 'numpy', 'tqdm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"
-
-
-def test_a_shape_is_checked_where_it_is_made():
-    with pytest.raises(UserError):
-        ModelConfig(n_embd=7, n_head=2)

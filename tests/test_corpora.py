@@ -8,7 +8,6 @@ import pytest
 from quill.data import corpora
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.errors import UserError
-from quill.files import replacing
 
 TEXT = b"It was the best of times, it was the worst of times.\n" * 50_000  # several chunks
 
@@ -134,20 +133,3 @@ def test_the_embedded_corpus():
     assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
     with pytest.raises(UserError, match="embedded"):
         locate(CORPORA["names"], input="other.txt")
-
-
-def test_files_are_replaced_together_or_not_at_all(tmp_path):
-    first, last = tmp_path / "new" / "first", tmp_path / "new" / "last"
-    for content in (b"1", b"2"):
-        with replacing(first, last) as files:
-            for file in files:
-                file.write(content)
-            assert not first.exists() or first.read_bytes() == last.read_bytes() == b"1"
-        assert first.read_bytes() == last.read_bytes() == content
-    with pytest.raises(KeyboardInterrupt), replacing(first, last) as files:
-        files[0].write(b"3")
-        raise KeyboardInterrupt
-    assert first.read_bytes() == last.read_bytes() == b"2"
-    assert len(list(first.parent.iterdir())) == 2
-    with pytest.raises(UserError, match="can't write"), replacing(first / "below"):
-        pass
