@@ -37,8 +37,10 @@ def names(lengths, bos=50):
 def test_targets_are_the_next_tokens():
     for step in range(50):
         total, [(x, y, predicted)] = make(stream()).step(step)
-        assert x.shape == y.shape == (6, 8) and x.dtype == y.dtype == torch.int64
-        assert torch.equal(y, x + 1) and total == predicted == 48
+        assert x.shape == y.shape == (6, 8)
+        assert x.dtype == y.dtype == torch.int64
+        assert torch.equal(y, x + 1)
+        assert total == predicted == 48
 
 
 def test_a_step_is_a_pure_function():
@@ -52,12 +54,15 @@ def test_a_step_is_a_pure_function():
 
 def test_every_window_once_an_epoch_and_another_phase_and_order_in_the_next():
     batches = make(stream(1003), rows=4)
-    assert batches.rows_per_epoch == (1003 - 8) // 8 == 124 and 124 % 4 == 0
+    assert batches.rows_per_epoch == (1003 - 8) // 8 == 124
+    assert 124 % 4 == 0
     epochs = []
     for epoch in range(6):
         starts = np.concatenate([batches.step_rows(epoch * 31 + step)[0] for step in range(31)])
         ordered = np.sort(starts)
-        assert (np.diff(ordered) == 8).all() and 0 <= ordered[0] < 8 and ordered[-1] + 8 < 1003
+        assert (np.diff(ordered) == 8).all()
+        assert 0 <= ordered[0] < 8
+        assert ordered[-1] + 8 < 1003
         epochs.append(starts)
     assert len({int(starts.min()) for starts in epochs}) > 2  # phases differ
     assert len({tuple(np.argsort(starts)) for starts in epochs}) == 6  # orders differ
@@ -75,14 +80,17 @@ def test_the_shortest_streams(n):
     """One token more than a block is enough; a phase never runs over the end."""
     for step in range(30):
         _, [(x, y, _)] = make(stream(n)).step(step)
-        assert torch.equal(y, x + 1) and y.max() < n
+        assert torch.equal(y, x + 1)
+        assert y.max() < n
 
 
 def test_phases_are_evenly_spread():
     batches = make(stream(200), rows=1)
     per_epoch = batches.rows_per_epoch
     phases = Counter(int(batches.step_rows(epoch * per_epoch)[0][0]) % 8 for epoch in range(800))
-    assert set(phases) == set(range(8)) and min(phases.values()) > 60 and max(phases.values()) < 140
+    assert set(phases) == set(range(8))
+    assert min(phases.values()) > 60
+    assert max(phases.values()) < 140
 
 
 @pytest.mark.parametrize("bos", [None, 50])
@@ -96,7 +104,8 @@ def test_the_ranks_share_out_the_one_batch(bos, world):
         shares = [part.step(step) for part in parts]
         assert all(share[0] == total for share in shares)
         micro = [batch for share in shares for batch in share[1]]
-        assert torch.equal(torch.cat([m[0] for m in micro]), x) and torch.equal(torch.cat([m[1] for m in micro]), y)
+        assert torch.equal(torch.cat([m[0] for m in micro]), x)
+        assert torch.equal(torch.cat([m[1] for m in micro]), y)
         assert sum(m[2] for m in micro) == total == (y != -1).sum().item()
 
 
@@ -119,7 +128,8 @@ def test_documents_are_rows_of_their_own():
 def test_a_long_document_comes_in_pieces():
     data = np.array([50] + list(range(20)), dtype=np.uint16)
     starts, lengths = module.document_rows(data, 50, 8)
-    assert starts.tolist() == [0, 8, 16] and lengths.tolist() == [8, 8, 5]
+    assert starts.tolist() == [0, 8, 16]
+    assert lengths.tolist() == [8, 8, 5]
     x, y, predicted = make(data, 50).gather(starts, lengths)
     assert predicted == 21
     assert y[y != -1].tolist() == list(range(20)) + [50]  # each token once, the end too
@@ -136,7 +146,8 @@ def test_validation_predicts_every_token_once(n, world, monkeypatch):
             assert torch.equal((x + 1)[y != -1], y[y != -1])
             targets += y[y != -1].tolist()
             predicted += count
-    assert sorted(targets) == list(range(1, n)) and predicted == n - 1
+    assert sorted(targets) == list(range(1, n))
+    assert predicted == n - 1
 
 
 def test_validation_of_documents_and_the_cap():
@@ -147,7 +158,7 @@ def test_validation_of_documents_and_the_cap():
     assert sum(count for _, _, count in capped) == 40
 
 
-@pytest.mark.parametrize("dtype, top", [(np.uint16, 65535), (np.uint32, 100_000)])
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint16, 65535), (np.uint32, 100_000)])
 def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monkeypatch, dtype, top):
     data = np.random.default_rng(0).integers(0, top + 1, 5000).astype(dtype)
     data[:2] = top  # ids above half of the type's range are not negative
@@ -155,10 +166,12 @@ def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monke
     small = make(data)
     monkeypatch.setattr(module, "ON_DEVICE_BYTES", 1000)
     large = make(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="c"))
-    assert small.prefetcher is None and large.prefetcher is not None
+    assert small.prefetcher is None
+    assert large.prefetcher is not None
     for step in [0, 1, 2, 7, 8, 3]:
         (x, y, _), (u, v, _) = small.step(step)[1][0], large.step(step)[1][0]
-        assert torch.equal(x, u) and torch.equal(y, v)
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)
         start = small.step_rows(step)[0][0]
         assert x[0].tolist() == data[start : start + 8].tolist()
     (first, *_), *_ = small.validation()
@@ -169,4 +182,5 @@ def test_seeds_are_distinct_and_stable():
     """Stable, because runs of other machines and versions must be repeatable: these numbers may never change."""
     assert derive_seed("order", 1337, 0) == 5199327084268123949
     seeds = {derive_seed(purpose, seed, step) for purpose in "ab" for seed in range(30) for step in range(300)}
-    assert len(seeds) == 2 * 30 * 300 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 2 * 30 * 300
+    assert all(0 <= seed < 2**63 for seed in seeds)

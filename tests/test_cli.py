@@ -26,7 +26,7 @@ def config_file(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "flag, value",
+    ("flag", "value"),
     [
         ("--n_layer=3", 3),
         ("--max_iters=1e3", 1000),
@@ -51,21 +51,24 @@ def config_file(tmp_path, text):
 def test_flags_and_files_mean_the_same(flag, value, tmp_path):
     key, _, text = flag.removeprefix("--").partition("=")
     got = flags(flag)
-    assert got == {key: value} and type(got[key]) is type(value)
+    assert got == {key: value}
+    assert type(got[key]) is type(value)
     if text:
         from_file = read_config_file(config_file(tmp_path, f"{key} = {text!r}"), TrainConfig)
-        assert from_file == {key: value} and type(from_file[key]) is type(value)
+        assert from_file == {key: value}
+        assert type(from_file[key]) is type(value)
 
 
 def test_values_of_a_file_keep_their_types(tmp_path):
     text = "import time\n_private = [1]\ndef helper(): pass\nmax_iters = 5 * 8\nlearning_rate = 1\nn_layer = 2.0\n"
     got = read_config_file(config_file(tmp_path, text), TrainConfig)
     assert got == {"max_iters": 40, "learning_rate": 1.0, "n_layer": 2}
-    assert type(got["learning_rate"]) is float and type(got["n_layer"]) is int
+    assert type(got["learning_rate"]) is float
+    assert type(got["n_layer"]) is int
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    ("argv", "words"),
     [
         (["--n_layers=3"], ["n_layers", "did you mean n_layer?"]),
         (["--zzz=3"], ["there is no option zzz"]),
@@ -82,11 +85,12 @@ def test_values_of_a_file_keep_their_types(tmp_path):
 def test_wrong_flags(argv, words):
     with pytest.raises(UserError) as error:
         flags(*argv)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    ("text", "words"),
     [
         ("n_layer = 2\nn_heads = 3\n", ["run.py, line 2", "n_heads", "did you mean n_head?"]),
         ("n_layer = 2\nbias = 'x'\n", ["run.py, line 2", "True or False"]),
@@ -101,7 +105,8 @@ def test_wrong_flags(argv, words):
 def test_wrong_files(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         read_config_file(config_file(tmp_path, text), TrainConfig)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_and_one_that_is_not_utf8(tmp_path):
@@ -126,7 +131,8 @@ def test_nanogpts_retired_keys_are_noticed(capsys, tmp_path):
     assert len(capsys.readouterr().err.splitlines()) == 4
     assert flags("--decay_lr=True", "--backend=gloo") == {"schedule": "cosine"}
     notices = capsys.readouterr().err
-    assert "note: backend" in notices and "note: decay_lr" in notices
+    assert "note: backend" in notices
+    assert "note: decay_lr" in notices
     assert flags("--decay_lr=False", "--warmup_iters=9")["warmup_iters"] == 0
     assert flags("--init_from=resume", schema=SampleConfig) == {}
     with pytest.raises(UserError, match="GPT-2's weights are not read"):
@@ -144,7 +150,8 @@ def test_help_names_every_option_once(schema, capsys):
         assert text.count(f"  --{option.name}=") == 1
     with pytest.raises(SystemExit) as exit:
         read_args(["--help"], schema, "what it is")
-    assert exit.value.code == 0 and capsys.readouterr().out.strip() == text
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.strip() == text
 
 
 def test_every_shipped_config_is_plain_and_valid():

@@ -16,12 +16,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         if self.path == "/missing":
-            return self.send_error(404)
+            self.send_error(404)
+            return
         body = TEXT[:-1] + b"?" if self.path == "/wrong" else TEXT
         if self.path == "/moved":
             self.send_response(302)
             self.send_header("Location", "/ok")
-            return self.end_headers()
+            self.end_headers()
+            return
         self.send_response(200)
         if self.path != "/unsized":
             self.send_header("Content-Length", str(len(body)))
@@ -59,11 +61,13 @@ def at(server, path):
 @pytest.mark.parametrize("path", ["/ok", "/moved", "/unsized"])
 def test_download(server, tmp_path, path, capsys):
     found = locate(at(server, path), data_dir=tmp_path)
-    assert found == tmp_path / "tale" / "source.txt" and found.read_bytes() == TEXT
+    assert found == tmp_path / "tale" / "source.txt"
+    assert found.read_bytes() == TEXT
     assert [file.name for file in found.parent.iterdir()] == ["source.txt"]
     assert capsys.readouterr() == ("", "")  # no progress bar where stderr is no terminal
     requests = server.requests
-    assert locate(server.corpus, data_dir=tmp_path) == found and server.requests == requests  # not a second time
+    assert locate(server.corpus, data_dir=tmp_path) == found
+    assert server.requests == requests  # it is not downloaded a second time
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,8 @@ def test_download(server, tmp_path, path, capsys):
 def test_a_bad_download_is_refused_and_removed(server, tmp_path, path, reason):
     with pytest.raises(UserError, match=reason) as caught:
         locate(at(server, path), data_dir=tmp_path)
-    assert "--input=FILE" in str(caught.value) and "\n" not in str(caught.value)
+    assert "--input=FILE" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert list((tmp_path / "tale").iterdir()) == []
 
 
@@ -129,7 +134,8 @@ def test_every_place_is_verified(server, tmp_path, monkeypatch):
 def test_the_embedded_corpus():
     lines = locate(CORPORA["names"]).read_text(encoding="ascii").split("\n")
     names = [line for line in lines if line]
-    assert len(names) >= 1500 and len(set(names)) == len(names)
+    assert len(names) >= 1500
+    assert len(set(names)) == len(names)
     assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
     with pytest.raises(UserError, match="embedded"):
         locate(CORPORA["names"], input="other.txt")

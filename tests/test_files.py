@@ -12,9 +12,14 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
                 file.write(content)
             assert not first.exists() or first.read_bytes() == last.read_bytes() == b"1"
         assert first.read_bytes() == last.read_bytes() == content
-    with pytest.raises(KeyboardInterrupt), replacing(first, last) as files:
-        files[0].write(b"3")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with replacing(first, last) as files:
+            files[0].write(b"3")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert first.read_bytes() == last.read_bytes() == b"2"
     assert len(list(first.parent.iterdir())) == 2
     with pytest.raises(UserError, match="can't write"), replacing(first / "below"):

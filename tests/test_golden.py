@@ -83,6 +83,7 @@ def test_a_checkpoint_of_format_1_samples_and_resumes(tmp_path, capsys):
     got = (run / "metrics.csv").read_text(encoding="utf-8").splitlines()
     expected = (GOLDEN / "format_1_metrics.csv").read_text(encoding="utf-8").splitlines()
     names, row = (list(csv.reader(lines)) for lines in (got, expected))
-    assert names[0] == row[0] and len(names) == len(row) == 2
+    assert names[0] == row[0]
+    assert len(names) == len(row) == 2
     numbers = zip(names[1][:5], row[1][:5], strict=True)  # the other two columns are times
     assert all(float(one) == pytest.approx(float(other), abs=1e-5) for one, other in numbers)

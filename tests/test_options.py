@@ -17,7 +17,8 @@ def test_defaults_that_nanogpt_has_are_nanogpts():
         "warmup_iters": 2000, "min_lr": 6e-5,
     }  # fmt: skip
     assert {key: config[key] for key in theirs} == theirs
-    assert TrainConfig().decay_end == 600000 and TrainConfig(max_iters=7).decay_end == 7
+    assert TrainConfig().decay_end == 600000
+    assert TrainConfig(max_iters=7).decay_end == 7
     theirs = {
         "num_samples": 10,
         "max_new_tokens": 500,
@@ -31,7 +32,7 @@ def test_defaults_that_nanogpt_has_are_nanogpts():
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [
         ({"n_embd": 10, "n_head": 3}, ["--n_embd=10", "--n_head=3"]),
         ({"n_embd": 6, "n_head": 2, "position": "rope"}, ["--position=rope", "even"]),
@@ -53,7 +54,8 @@ def test_defaults_that_nanogpt_has_are_nanogpts():
 def test_wrong_values(options, words):
     with pytest.raises(UserError) as error:
         TrainConfig(**options)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 def test_a_shape_is_checked_where_it_is_made():

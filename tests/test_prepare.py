@@ -43,7 +43,8 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
     for flags in ([], same):
         script.main([name, *flags, f"--data_dir={tmp_path}"])
         out = capsys.readouterr().out
-        assert f"python train.py config/{name}.py" in out and (REPO / "config" / f"{name}.py").is_file()
+        assert f"python train.py config/{name}.py" in out
+        assert (REPO / "config" / f"{name}.py").is_file()
     assert ("26 characters and BOS" in out) == ("names" in name)
     assert (tmp_path / name / "meta.json").is_file()
 
@@ -77,13 +78,16 @@ def test_what_a_wrong_command_gets(write, tmp_path, args, reason):
     source = str(write(ALICE))
     with pytest.raises(UserError, match=reason) as caught:
         script.main([arg.replace("TEXT", source) for arg in args] + [f"--data_dir={tmp_path / 'data'}"])
-    assert "\n" not in str(caught.value) and not (tmp_path / "data").exists()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_error_is_one_line_and_exit_code_2():
     result = run()
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("prepare.py: ") and result.stderr.count("\n") == 1
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("prepare.py: ")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files as POSIX does")
@@ -95,8 +99,11 @@ def test_a_file_that_cannot_grow_is_removed(write, tmp_path):
 
     source = write(ALICE * 100)
     result = run(f"--input={source}", "--dataset=mine", f"--data_dir={tmp_path / 'data'}", preexec_fn=limit)
-    assert result.returncode == 2 and "can't write" in result.stderr and "File too large" in result.stderr
-    assert result.stderr.count("\n") == 1 and list((tmp_path / "data" / "mine").iterdir()) == []
+    assert result.returncode == 2
+    assert "can't write" in result.stderr
+    assert "File too large" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list((tmp_path / "data" / "mine").iterdir()) == []
 
 
 def test_help_answers_in_a_blink():
@@ -105,7 +112,9 @@ def test_help_answers_in_a_blink():
         start = time.perf_counter()
         result = run("--help")
         times.append(time.perf_counter() - start)
-    assert result.returncode == 0 and "--documents=none" in result.stdout and result.stderr == ""
+    assert result.returncode == 0
+    assert "--documents=none" in result.stdout
+    assert result.stderr == ""
     assert min(times) < 0.3
 
 

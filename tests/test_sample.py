@@ -30,18 +30,22 @@ def write(capsys, runs, name, *flags):
 def test_a_stream(runs, capsys):
     out = write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50")
     texts = out.split("\n---------------\n")
-    assert len(texts) == 4 and texts[3] == ""
-    assert all(text.startswith("the ") and len(text) == 54 for text in texts[:3]) and len(set(texts)) == 4
+    assert len(texts) == 4
+    assert texts[3] == ""
+    assert all(text.startswith("the ") and len(text) == 54 for text in texts[:3])
+    assert len(set(texts)) == 4
     assert out == write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50")
     assert out != write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50", "--seed=2")
 
 
 def test_documents_are_a_line_each_and_end_by_themselves(runs, capsys):
     lines = write(capsys, runs, "words", "--num_samples=40").splitlines()
-    assert len(lines) == 40 and all(set(line) <= set("etaoinshrdlu") for line in lines)
+    assert len(lines) == 40
+    assert all(set(line) <= set("etaoinshrdlu") for line in lines)
     assert len({len(line) for line in lines}) > 3
     lines = write(capsys, runs, "words", "--num_samples=5", "--start=sh").splitlines()
-    assert len(lines) == 5 and all(line.startswith("sh") for line in lines)
+    assert len(lines) == 5
+    assert all(line.startswith("sh") for line in lines)
 
 
 def test_greedy_text_is_the_models_own(runs, capsys):
@@ -64,7 +68,9 @@ def test_the_first_sample_comes_as_it_is_drawn(runs):
     machine = sample.pick_machine(config)
     tokenizer = sample.find_tokenizer(state, config, "")
     sample.sample(checkpoint.load_model(state, ""), tokenizer, "a", config, machine, pieces.append)
-    assert pieces[0] == "a" and all(len(piece) == 1 for piece in pieces[1:21]) and len(pieces) == 23
+    assert pieces[0] == "a"
+    assert all(len(piece) == 1 for piece in pieces[1:21])
+    assert len(pieces) == 23
 
 
 def test_prompts(runs, capsys, tmp_path):
@@ -79,7 +85,7 @@ def test_prompts(runs, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    ("flags", "words"),
     [
         (["--start=ÄZ~"], ["'Z'", "'~'", "'Ä'", "not in the vocabulary"]),
         (["--start=FILE:nowhere.txt"], ["nowhere.txt", "No such file"]),
@@ -96,7 +102,8 @@ def test_prompts(runs, capsys, tmp_path):
 def test_mistakes(runs, capsys, flags, words):
     with pytest.raises(UserError) as error:
         write(capsys, runs, "prose", *flags)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 

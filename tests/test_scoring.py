@@ -62,7 +62,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tokenizer, text, windows", CASES)
+@pytest.mark.parametrize(("tokenizer", "text", "windows"), CASES)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_losses_are_the_references(tokenizer, text, windows, temperature):
     model, rows, _ = rows_of(text, tokenizer, temperature)
@@ -71,7 +71,7 @@ def test_losses_are_the_references(tokenizer, text, windows, temperature):
     assert [row.probability for row in rows] == pytest.approx(np.exp(-np.array(expected)), abs=1e-6)
 
 
-@pytest.mark.parametrize("tokenizer, text, windows", CASES)
+@pytest.mark.parametrize(("tokenizer", "text", "windows"), CASES)
 def test_the_total_is_the_models_loss(tokenizer, text, windows):
     """GPT.forward's mean loss, of each window by itself and without padding."""
     model, rows, characters = rows_of(text, tokenizer)
@@ -81,7 +81,8 @@ def test_the_total_is_the_models_loss(tokenizer, text, windows):
     total = sum(loss * (len(window) - 1) for loss, window in zip(losses, windows, strict=True))
     values = scoring.totals([row.loss for row in rows], characters)
     tokens = sum(len(window) - 1 for window in windows)
-    assert values["tokens"] == tokens and values["total_loss"] == pytest.approx(total, abs=1e-5)
+    assert values["tokens"] == tokens
+    assert values["total_loss"] == pytest.approx(total, abs=1e-5)
     assert values["mean_loss"] == pytest.approx(total / tokens, abs=1e-5)
     assert values["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
@@ -91,8 +92,10 @@ def test_the_likeliest_tokens():
     _, rows, _ = rows_of("abcab", tokenizer)
     for row in rows:
         names, probs = zip(*row.likeliest, strict=True)
-        assert sorted(names) == ["<end>", "a", "b", "c"] and list(probs) == sorted(probs, reverse=True)
-        assert sum(probs) == pytest.approx(1, abs=1e-6) and dict(row.likeliest)[row.token] == row.probability
+        assert sorted(names) == ["<end>", "a", "b", "c"]
+        assert list(probs) == sorted(probs, reverse=True)
+        assert sum(probs) == pytest.approx(1, abs=1e-6)
+        assert dict(row.likeliest)[row.token] == row.probability
     model, rows, _ = rows_of("cab", DOCUMENTS)
     with torch.no_grad():
         probs = model(torch.tensor([[10, 2]]))[0][0, -1].softmax(-1)
@@ -113,7 +116,7 @@ def test_a_low_temperature_sharpens():
 
 
 @pytest.mark.parametrize(
-    "tokenizer, text, characters",
+    ("tokenizer", "text", "characters"),
     [
         (STREAM, "ab\n", 3),
         (DOCUMENTS, "ab\n\ncd\n", 6),  # with two ends
@@ -133,7 +136,8 @@ def test_contexts_and_tokens_as_shown():
     rows = rows_of("a\t \\␣語\u0301b\n", tokenizer)[1]
     assert [row.token for row in rows] == ["a", r"\t", "␣", r"\\", r"\u2423", "語", r"\u0301", "b", r"\n"]
     assert [row.context for row in rows[:4]] == [r"\n", r"\na", r"\na\t", r"\na\t␣"]
-    assert rows[7].context == r"…\t␣\\\u2423語\u0301" and rows[8].context == "b"  # the second window
+    assert rows[7].context == r"…\t␣\\\u2423語\u0301"
+    assert rows[8].context == "b"  # the second window
     rows = rows_of("aé\nz", ByteTokenizer(documents=True))[1]
     assert [row.token for row in rows] == ["a", r"\xc3", r"\xa9", "<end>", "z", "<end>"]
     contexts = ["<start>", "<start>a", r"<start>a\xc3", "<start>aé", "<start>", "<start>z"]
@@ -147,7 +151,8 @@ def test_the_table_is_aligned():
     tokenizer = CharTokenizer(text + "\n\u2028 語", documents=True)
     _, rows, characters = rows_of(text, tokenizer)
     lines = list(scoring.table(rows, tokenizer, characters))
-    assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])} and lines[-5] == ""
+    assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])}
+    assert lines[-5] == ""
     tokenizer = ByteTokenizer(documents=True)
     lines = list(scoring.table(rows_of(text, tokenizer)[1], tokenizer, characters))
     assert all(scoring.width(line) <= 110 for line in lines)
@@ -176,7 +181,8 @@ def run(capsys, ckpt, *flags):
 def test_json_has_the_tables_numbers(saved, capsys):
     lines = run(capsys, saved / "documents.pt", "--score=cab").splitlines()
     values = json.loads(run(capsys, saved / "documents.pt", "--score=cab", "--json"))
-    assert len(lines) == 1 + 4 + 5 and len(values["rows"]) == 4
+    assert len(lines) == 1 + 4 + 5
+    assert len(values["rows"]) == 4
     for line, row in zip(lines[1:5], values["rows"], strict=True):
         pairs = [word for top in row["likeliest"] for word in (top["token"], f"{top['probability']:.3f}")]
         numbers = [f"{row['probability']:.4f}", f"{row['loss']:.3f}"]
@@ -217,7 +223,7 @@ def test_a_nanogpt_checkpoint(data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    ("flags", "words"),
     [
         (["--score=abÄ\nz"], [r"--score=abÄ\nz: 'z', 'Ä' (2 characters that are not in the vocabulary)", "stream.pt"]),
         (["--score=" + "ab" * 99 + "z"], ["…: 'z' (1 character"]),
@@ -240,7 +246,8 @@ def test_mistakes(saved, capsys, monkeypatch, tmp_path, flags, words):
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
     with pytest.raises(UserError) as error:
         run(capsys, saved / "stream.pt", *flags)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 

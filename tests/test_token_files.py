@@ -70,8 +70,11 @@ def test_names32k(tmp_path):
     dataset = open_dataset(tmp_path, "names32k")
     train, val = (documents_of(tokens, dataset.tokenizer) for tokens in (dataset.train, dataset.val))
     names = (Path(os.environ["QUILL_CORPORA"]) / "names32k.txt").read_text(encoding="utf-8").split()
-    assert dataset.tokenizer.vocab_size == 27 and sorted(train + val) == sorted(names) and len(names) == 32_033
-    assert 0.09 < len(val) / len(names) < 0.11 and not set(train) & set(val)
+    assert dataset.tokenizer.vocab_size == 27
+    assert sorted(train + val) == sorted(names)
+    assert len(names) == 32_033
+    assert 0.09 < len(val) / len(names) < 0.11
+    assert not set(train) & set(val)
 
 
 # ---------------------------------------------------------------- streams
@@ -83,8 +86,11 @@ def test_a_stream_is_the_text_in_order(write, tmp_path):
     for kind, ids in (("char", [stoi[char] for char in text]), ("byte", list(text.encode()))):
         dataset = prepared(write(text), tmp_path, kind)
         assert np.concatenate([dataset.train, dataset.val]).tolist() == ids
-        assert len(dataset.train) == len(ids) * 9 // 10 and dataset.train.dtype == np.dtype("<u2")
-        assert dataset.name == "mine" and dataset.documents is False and dataset.tokenizer.bos is None
+        assert len(dataset.train) == len(ids) * 9 // 10
+        assert dataset.train.dtype == np.dtype("<u2")
+        assert dataset.name == "mine"
+        assert dataset.documents is False
+        assert dataset.tokenizer.bos is None
         assert dataset.meta["source"] == {"name": "text.txt", "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -100,7 +106,8 @@ def test_the_chunks_leave_no_trace(write, tmp_path, monkeypatch, kind, documents
     source = write(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode(), "b.txt")
     prepare(source, tmp_path / "pieces", kind, documents, "same")
     whole, pieces = contents(tmp_path / "whole"), contents(tmp_path / "pieces")
-    assert whole["train.bin"] == pieces["train.bin"] and whole["val.bin"] == pieces["val.bin"]
+    assert whole["train.bin"] == pieces["train.bin"]
+    assert whole["val.bin"] == pieces["val.bin"]
     for meta in (whole, pieces):
         meta["meta.json"] = json.loads(meta["meta.json"])
         del meta["meta.json"]["source"]
@@ -124,13 +131,15 @@ def test_the_same_text_gives_the_same_bytes(write, tmp_path):
 def test_more_ids_than_uint16_holds(write, tmp_path):
     text = "".join(chr(code) for code in range(0x10000, 0x10000 + 70_000)) * 2
     dataset = prepared(write(text), tmp_path)
-    assert dataset.train.dtype == np.dtype("<u4") and dataset.meta["dtype"] == "uint32"
+    assert dataset.train.dtype == np.dtype("<u4")
+    assert dataset.meta["dtype"] == "uint32"
     assert dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val])) == text
 
 
 def test_a_text_shorter_than_any_block(write, tmp_path):
     dataset = prepared(write("ab"), tmp_path)
-    assert dataset.train.tolist() == [0] and dataset.val.tolist() == [1]
+    assert dataset.train.tolist() == [0]
+    assert dataset.val.tolist() == [1]
 
 
 # ---------------------------------------------------------------- documents
@@ -145,7 +154,8 @@ def test_documents_are_kept_whole_and_split_by_their_text(write, tmp_path, kind)
     # the rule, one document at a time
     assert val == [line for line in wanted if zlib.crc32(line.encode()) % 10 == 0]
     assert train == [line for line in wanted if zlib.crc32(line.encode()) % 10 != 0]
-    assert dataset.documents and dataset.train[0] == dataset.tokenizer.bos == dataset.tokenizer.vocab_size - 1
+    assert dataset.documents
+    assert dataset.train[0] == dataset.tokenizer.bos == dataset.tokenizer.vocab_size - 1
     assert (dataset.train == dataset.tokenizer.bos).sum() == len(train)
     if kind == "char":
         assert dataset.tokenizer.chars == "".join(sorted(set("".join(wanted))))  # no tab: its line was blank
@@ -156,7 +166,8 @@ def test_no_split_is_ever_empty(write, tmp_path):
     for lines in ([f"{sides[True]}"] * 3 + ["zed"], [sides[False], sides[False] + "\u2003"], ["a", "b", "a", "b"]):
         dataset = prepared(write("\n".join(lines)), tmp_path, "char", True)
         train, val = (documents_of(tokens, dataset.tokenizer) for tokens in (dataset.train, dataset.val))
-        assert sorted(train + val) == sorted(lines) and not set(train) & set(val)
+        assert sorted(train + val) == sorted(lines)
+        assert not set(train) & set(val)
     for name in (sides[True], sides[False]):
         with pytest.raises(UserError, match="need two that differ"):
             prepare(write(f"{name}\n\n{name}\n"), tmp_path / "one", "char", True)
@@ -192,7 +203,8 @@ def test_texts_that_are_refused(write, tmp_path, monkeypatch, content, documents
     source = write(content)
     with pytest.raises(UserError, match=reason) as caught:
         prepare(source, tmp_path / "mine", kind, documents)
-    assert str(source) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(source) in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "mine").exists()
 
 
@@ -346,6 +358,7 @@ def test_ensure_prepares_a_known_corpus_once(tmp_path, capsys, write):
     said = []
     ensure("names", tmp_path, said.append)
     ensure("somebody's", tmp_path, said.append)
-    assert said == [] and (tmp_path / "names" / "meta.json").stat().st_mtime_ns == before
+    assert said == []
+    assert (tmp_path / "names" / "meta.json").stat().st_mtime_ns == before
     assert open_dataset(tmp_path, "names").tokenizer.vocab_size == 27
     assert not (tmp_path / "somebody's").exists()
