@@ -38,7 +38,7 @@ def read_options(argv):
     fixed = {
         "dataset": corpus.name,
         "tokenizer": corpus.tokenizer,
-        "documents": "lines" if corpus.documents else "none",
+        "documents": "lines" if corpus.is_documents else "none",
     }
     for key, value in fixed.items():
         if flags.get(key, value) != value:

@@ -135,7 +135,7 @@ def main(argv):
     tokenizer = find_tokenizer(state, config, path)
     key = "score" if scores else "start"
     text, given = read_text(key, getattr(config, key)), as_given(key, getattr(config, key))
-    if scores and not scoring.documents(text, tokenizer):
+    if scores and not scoring.split_documents(text, tokenizer):
         raise UserError(f"{given}: there is no text to score")
     try:
         ids, characters = scoring.encode(text, tokenizer) if scores else (tokenizer.encode(text), len(text))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from quill.data.batches import Batches
-from quill.data.token_files import joined
+from quill.data.token_files import join_documents
 from quill.errors import UserError
 from quill.observers.console import perplexity
 
@@ -39,12 +39,12 @@ class Row:
     loss: float  # and -ln of its probability: nats
 
 
-def documents(text, tokenizer):
+def split_documents(text, tokenizer):
     """The texts in `text` that begin anew: its lines, as `prepare.py --documents=lines` has them, or all of a stream.
 
     Empty if there is nothing to score.
     """
-    return list(filter(str.strip, text.split("\n"))) if tokenizer.documents else list(filter(None, [text]))
+    return list(filter(str.strip, text.split("\n"))) if tokenizer.is_documents else list(filter(None, [text]))
 
 
 def encode(text, tokenizer):
@@ -53,8 +53,8 @@ def encode(text, tokenizer):
     A document's end counts as a character, the newline that BOS stands for: with a token for each character, bits per
     character are then the mean loss / ln 2. A UserError says what the vocabulary lacks.
     """
-    if tokenizer.documents:
-        text = joined(documents(text, tokenizer))
+    if tokenizer.is_documents:
+        text = join_documents(split_documents(text, tokenizer))
         ids = tokenizer.encode(text)
     else:
         ids = np.concatenate([tokenizer.prompt(""), tokenizer.encode(text)])
@@ -126,14 +126,14 @@ def readable(text, bos=None):
 
 def token_names(tokenizer):
     """Every token as it is shown, by id. → (V,)"""
-    end = END if tokenizer.documents else None
+    end = END if tokenizer.is_documents else None
     return ["".join(readable(tokenizer.decode([i], "surrogateescape"), end)) for i in range(tokenizer.vocab_size)]
 
 
 def context_tail(ids, tokenizer):
     """The end of a context, at most CONTEXT_WIDTH columns wide, with … before it where it is shortened."""
     ids = ids[-4 * (CONTEXT_WIDTH + 1) :]  # a character has up to 4 bytes: this is more than is shown
-    cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.documents else None)
+    cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.is_documents else None)
     if sum(map(width, cells)) <= CONTEXT_WIDTH:
         return "".join(cells)
     while sum(map(width, cells)) > CONTEXT_WIDTH - 1:
@@ -166,7 +166,7 @@ def table(rows, tokenizer, characters):
         p = f"{p:.4f}" if p >= 5e-5 else f"{p:.0e}"
         yield f"{pad(row.context, CONTEXT_WIDTH)}  {cells}  {pad(row.token, came)}  {p:>6}  {row.loss:7.3f}"
     values = totals(losses, characters)
-    ends = f", the end of a document ({END}) being one" if tokenizer.documents else ""
+    ends = f", the end of a document ({END}) being one" if tokenizer.is_documents else ""
     yield ""
     yield f"{'total loss':20}{values['total_loss']:.4f} nats over {values['tokens']:,} tokens"
     yield f"{'mean loss':20}{values['mean_loss']:.4f} nats a token"

@@ -52,10 +52,10 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(600)]
-    for name, text, documents in (("prose", " ".join(words), False), ("words", "\n".join(words), True)):
+    for name, text, is_documents in (("prose", " ".join(words), False), ("words", "\n".join(words), True)):
         source = folder / f"{name}.txt"
         source.write_text(text, encoding="utf-8")
-        token_files.prepare(source, folder / name, "char", documents, name)
+        token_files.prepare(source, folder / name, "char", is_documents, name)
     return folder
 
 

@@ -21,7 +21,7 @@ def make(tokens, bos=None, block_size=8, rows=6, micro_rows=6, seed=0, **where):
         micro_rows=micro_rows,
         seed=seed,
         device=CPU,
-        **({"rank": 0, "world": 1} | where),
+        **({"rank": 0, "world_size": 1} | where),
     )
 
 
@@ -36,7 +36,7 @@ def names(lengths, bos=50):
 
 def test_targets_are_the_next_tokens():
     for step in range(50):
-        total, [(x, y, predicted)] = make(stream()).step(step)
+        total, [(x, y, predicted)] = make(stream()).global_batch(step)
         assert x.shape == y.shape == (6, 8)
         assert x.dtype == y.dtype == torch.int64
         assert torch.equal(y, x + 1)
@@ -46,10 +46,10 @@ def test_targets_are_the_next_tokens():
 def test_a_step_is_a_pure_function():
     data = stream()
     one, other = make(data), make(data)
-    ahead = [one.step(step)[1][0][0] for step in range(40)]
+    ahead = [one.global_batch(step)[1][0][0] for step in range(40)]
     for step in reversed(range(40)):
-        assert torch.equal(other.step(step)[1][0][0], ahead[step])
-    assert not torch.equal(make(data, seed=1).step(0)[1][0][0], ahead[0])
+        assert torch.equal(other.global_batch(step)[1][0][0], ahead[step])
+    assert not torch.equal(make(data, seed=1).global_batch(0)[1][0][0], ahead[0])
 
 
 def test_every_window_once_an_epoch_and_another_phase_and_order_in_the_next():
@@ -79,7 +79,7 @@ def test_a_step_may_straddle_epochs():
 def test_the_shortest_streams(n):
     """One token more than a block is enough; a phase never runs over the end."""
     for step in range(30):
-        _, [(x, y, _)] = make(stream(n)).step(step)
+        _, [(x, y, _)] = make(stream(n)).global_batch(step)
         assert torch.equal(y, x + 1)
         assert y.max() < n
 
@@ -94,14 +94,14 @@ def test_phases_are_evenly_spread():
 
 
 @pytest.mark.parametrize("bos", [None, 50])
-@pytest.mark.parametrize("world", [2, 3, 6])
-def test_the_ranks_share_out_the_one_batch(bos, world):
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_ranks_share_out_the_one_batch(bos, world_size):
     data = stream() if bos is None else names(range(1, 14))
     whole = make(data, bos)
-    parts = [make(data, bos, rank=rank, world=world, micro_rows=1) for rank in range(world)]
+    parts = [make(data, bos, rank=rank, world_size=world_size, micro_rows=1) for rank in range(world_size)]
     for step in range(20):
-        total, [(x, y, _)] = whole.step(step)
-        shares = [part.step(step) for part in parts]
+        total, [(x, y, _)] = whole.global_batch(step)
+        shares = [part.global_batch(step) for part in parts]
         assert all(share[0] == total for share in shares)
         micro = [batch for share in shares for batch in share[1]]
         assert torch.equal(torch.cat([m[0] for m in micro]), x)
@@ -113,7 +113,7 @@ def test_documents_are_rows_of_their_own():
     data = names([3, 1, 7, 5])
     batches = make(data, 50, rows=4)
     for epoch in range(5):
-        _, [(x, y, predicted)] = batches.step(epoch)
+        _, [(x, y, predicted)] = batches.global_batch(epoch)
         assert predicted == 3 + 1 + 7 + 5 + 4
         seen = set()
         for row, targets in zip(x.tolist(), y.tolist(), strict=True):
@@ -136,13 +136,13 @@ def test_a_long_document_comes_in_pieces():
     assert x[2].tolist() == [15, 16, 17, 18, 19, 50, 50, 50]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("n", [1000, 1001, 1007, 1009])
-def test_validation_predicts_every_token_once(n, world, monkeypatch):
+def test_validation_predicts_every_token_once(n, world_size, monkeypatch):
     monkeypatch.setattr(module, "CPU_EVAL_TOKENS", 80)
     targets, predicted = [], 0
-    for rank in range(world):
-        for x, y, count in make(stream(n), rank=rank, world=world).validation():
+    for rank in range(world_size):
+        for x, y, count in make(stream(n), rank=rank, world_size=world_size).validation():
             assert torch.equal((x + 1)[y != -1], y[y != -1])
             targets += y[y != -1].tolist()
             predicted += count
@@ -169,7 +169,7 @@ def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monke
     assert small.prefetcher is None
     assert large.prefetcher is not None
     for step in [0, 1, 2, 7, 8, 3]:
-        (x, y, _), (u, v, _) = small.step(step)[1][0], large.step(step)[1][0]
+        (x, y, _), (u, v, _) = small.global_batch(step)[1][0], large.global_batch(step)[1][0]
         assert torch.equal(x, u)
         assert torch.equal(y, v)
         start = small.step_rows(step)[0][0]

@@ -131,11 +131,11 @@ def test_every_place_is_verified(server, tmp_path, monkeypatch):
         locate(corpus, data_dir=tmp_path)
 
 
-def test_the_embedded_corpus():
+def test_the_bundled_corpus():
     lines = locate(CORPORA["names"]).read_text(encoding="ascii").split("\n")
     names = [line for line in lines if line]
     assert len(names) >= 1500
     assert len(set(names)) == len(names)
     assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
-    with pytest.raises(UserError, match="embedded"):
+    with pytest.raises(UserError, match="bundled"):
         locate(CORPORA["names"], input="other.txt")

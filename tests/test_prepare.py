@@ -64,7 +64,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["names", "--documents=none"], "--documents=none: names has documents=lines"),
         (["names", "--tokenizer=byte"], "--tokenizer=byte: names has tokenizer=char"),
         (["names", "--dataset=mine"], "--dataset=mine: names has dataset=names"),
-        (["names", "--input=TEXT"], "embedded"),
+        (["names", "--input=TEXT"], "bundled"),
         (["shakespeare_char", "--input=TEXT"], "is not shakespeare_char: its SHA-256"),
         (["--input=TEXT", "--dataset=mine", "--tokenizer=bpe"], "tokenizer is one of char, byte"),
         (["--input=TEXT", "--dataset=mine", "--splits=3"], "no option splits"),

@@ -46,7 +46,7 @@ def reference(model, windows, temperature=1.0):
     return losses
 
 
-DOCUMENTS = CharTokenizer("abcdefghij", documents=True)  # a is 0, …, and BOS 10
+DOCUMENTS = CharTokenizer("abcdefghij", is_documents=True)  # a is 0, …, and BOS 10
 STREAM = CharTokenizer("\nabcdefghij")  # the newline is 0, a is 1, …
 CASES = [
     (DOCUMENTS, "cab", [[10, 2, 0, 1, 10]]),
@@ -58,7 +58,7 @@ CASES = [
     (STREAM, "abcdefgh", [[0, *range(1, 9)]]),
     (STREAM, "abcdefghij" * 2, [[0, *range(1, 9)], [8, 9, 10, *range(1, 7)], [6, 7, 8, 9, 10]]),
     (ByteTokenizer(), "é\n", [[10, 0xC3, 0xA9, 10]]),
-    (ByteTokenizer(documents=True), "é\nz", [[256, 0xC3, 0xA9, 256], [256, 122, 256]]),
+    (ByteTokenizer(is_documents=True), "é\nz", [[256, 0xC3, 0xA9, 256], [256, 122, 256]]),
 ]
 
 
@@ -88,7 +88,7 @@ def test_the_total_is_the_models_loss(tokenizer, text, windows):
 
 
 def test_the_likeliest_tokens():
-    tokenizer = CharTokenizer("abc", documents=True)  # four ids, fewer than a row has place for
+    tokenizer = CharTokenizer("abc", is_documents=True)  # four ids, fewer than a row has place for
     _, rows, _ = rows_of("abcab", tokenizer)
     for row in rows:
         names, probs = zip(*row.likeliest, strict=True)
@@ -121,7 +121,7 @@ def test_a_low_temperature_sharpens():
         (STREAM, "ab\n", 3),
         (DOCUMENTS, "ab\n\ncd\n", 6),  # with two ends
         (ByteTokenizer(), "é🙂\n", 3),  # of 7 bytes
-        (ByteTokenizer(documents=True), "é🙂\nz", 5),
+        (ByteTokenizer(is_documents=True), "é🙂\nz", 5),
     ],
 )
 def test_bits_per_character(tokenizer, text, characters):
@@ -138,7 +138,7 @@ def test_contexts_and_tokens_as_shown():
     assert [row.context for row in rows[:4]] == [r"\n", r"\na", r"\na\t", r"\na\t␣"]
     assert rows[7].context == r"…\t␣\\\u2423語\u0301"
     assert rows[8].context == "b"  # the second window
-    rows = rows_of("aé\nz", ByteTokenizer(documents=True))[1]
+    rows = rows_of("aé\nz", ByteTokenizer(is_documents=True))[1]
     assert [row.token for row in rows] == ["a", r"\xc3", r"\xa9", "<end>", "z", "<end>"]
     contexts = ["<start>", "<start>a", r"<start>a\xc3", "<start>aé", "<start>", "<start>z"]
     assert [row.context for row in rows] == contexts
@@ -148,12 +148,12 @@ def test_contexts_and_tokens_as_shown():
 
 def test_the_table_is_aligned():
     text = "a語b\t" * 6
-    tokenizer = CharTokenizer(text + "\n\u2028 語", documents=True)
+    tokenizer = CharTokenizer(text + "\n\u2028 語", is_documents=True)
     _, rows, characters = rows_of(text, tokenizer)
     lines = list(scoring.table(rows, tokenizer, characters))
     assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])}
     assert lines[-5] == ""
-    tokenizer = ByteTokenizer(documents=True)
+    tokenizer = ByteTokenizer(is_documents=True)
     lines = list(scoring.table(rows_of(text, tokenizer)[1], tokenizer, characters))
     assert all(scoring.width(line) <= 110 for line in lines)
 

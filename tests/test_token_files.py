@@ -13,7 +13,7 @@ import pytest
 from conftest import ALICE, needs_corpora
 
 from quill.data import corpora, token_files
-from quill.data.token_files import ensure, open_dataset, prepare
+from quill.data.token_files import open_dataset, prepare, prepare_if_missing
 from quill.errors import UserError
 
 FILES = ["meta.json", "train.bin", "val.bin"]
@@ -89,22 +89,22 @@ def test_a_stream_is_the_text_in_order(write, tmp_path):
         assert len(dataset.train) == len(ids) * 9 // 10
         assert dataset.train.dtype == np.dtype("<u2")
         assert dataset.name == "mine"
-        assert dataset.documents is False
+        assert dataset.is_documents is False
         assert dataset.tokenizer.bos is None
         assert dataset.meta["source"] == {"name": "text.txt", "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("is_documents", [False, True])
 @pytest.mark.parametrize("chunk", [3, 5, 64])
-def test_the_chunks_leave_no_trace(write, tmp_path, monkeypatch, kind, documents, chunk):
+def test_the_chunks_leave_no_trace(write, tmp_path, monkeypatch, kind, is_documents, chunk):
     """Characters, line ends, the byte-order mark and the split may lie across two chunks."""
     rng = random.Random(0)
     plain = "a" + "".join(rng.choices(["a", "ß", "日本", "🙂", "\ufeff", "\n", "\n\n", " "], k=300))
-    prepare(write(plain, "a.txt"), tmp_path / "whole", kind, documents, "same")
+    prepare(write(plain, "a.txt"), tmp_path / "whole", kind, is_documents, "same")
     monkeypatch.setattr(token_files, "CHUNK", chunk)
     source = write(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode(), "b.txt")
-    prepare(source, tmp_path / "pieces", kind, documents, "same")
+    prepare(source, tmp_path / "pieces", kind, is_documents, "same")
     whole, pieces = contents(tmp_path / "whole"), contents(tmp_path / "pieces")
     assert whole["train.bin"] == pieces["train.bin"]
     assert whole["val.bin"] == pieces["val.bin"]
@@ -121,9 +121,9 @@ def test_line_ends_and_the_byte_order_mark(write, tmp_path):
 
 
 def test_the_same_text_gives_the_same_bytes(write, tmp_path):
-    for kind, documents in itertools.product(["char", "byte"], [False, True]):
-        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "one", kind, documents)
-        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "two", kind, documents)
+    for kind, is_documents in itertools.product(["char", "byte"], [False, True]):
+        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "one", kind, is_documents)
+        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "two", kind, is_documents)
         assert contents(tmp_path / "one") == contents(tmp_path / "two")
         assert str(tmp_path).encode() not in contents(tmp_path / "one")["meta.json"]
 
@@ -154,7 +154,7 @@ def test_documents_are_kept_whole_and_split_by_their_text(write, tmp_path, kind)
     # the rule, one document at a time
     assert val == [line for line in wanted if zlib.crc32(line.encode()) % 10 == 0]
     assert train == [line for line in wanted if zlib.crc32(line.encode()) % 10 != 0]
-    assert dataset.documents
+    assert dataset.is_documents
     assert dataset.train[0] == dataset.tokenizer.bos == dataset.tokenizer.vocab_size - 1
     assert (dataset.train == dataset.tokenizer.bos).sum() == len(train)
     if kind == "char":
@@ -184,7 +184,7 @@ def test_a_line_that_is_no_document_is_refused(write, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "documents", "reason"),
+    ("content", "is_documents", "reason"),
     [
         (b"", False, "no text"),
         (b"\xef\xbb\xbf", False, "no text"),
@@ -198,11 +198,11 @@ def test_a_line_that_is_no_document_is_refused(write, tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("kind", ["char", "byte"])
 @pytest.mark.parametrize("chunk", [4, 2**20])
-def test_texts_that_are_refused(write, tmp_path, monkeypatch, content, documents, reason, kind, chunk):
+def test_texts_that_are_refused(write, tmp_path, monkeypatch, content, is_documents, reason, kind, chunk):
     monkeypatch.setattr(token_files, "CHUNK", chunk)
     source = write(content)
     with pytest.raises(UserError, match=reason) as caught:
-        prepare(source, tmp_path / "mine", kind, documents)
+        prepare(source, tmp_path / "mine", kind, is_documents)
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mine").exists()
@@ -216,8 +216,8 @@ def test_sources_that_are_no_files(tmp_path):
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(write, tmp_path, monkeypatch):
-    survey = token_files.survey
-    monkeypatch.setattr(token_files, "survey", lambda *args: (survey(*args), write(ALICE + "Alice"))[0])
+    scan_text = token_files.scan_text
+    monkeypatch.setattr(token_files, "scan_text", lambda *args: (scan_text(*args), write(ALICE + "Alice"))[0])
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(write(ALICE), tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
@@ -351,13 +351,13 @@ def test_an_unknown_dataset_gets_the_closest_name(write, tmp_path, monkeypatch):
         open_dataset(tmp_path / "data", "")
 
 
-def test_ensure_prepares_a_known_corpus_once(tmp_path, capsys, write):
-    ensure("names", tmp_path)
+def test_prepare_if_missing_prepares_a_known_corpus_once(tmp_path, capsys, write):
+    prepare_if_missing("names", tmp_path)
     assert capsys.readouterr() == ("", f"names is not prepared yet: writing it to {tmp_path / 'names'}\n")
     before = (tmp_path / "names" / "meta.json").stat().st_mtime_ns
     said = []
-    ensure("names", tmp_path, said.append)
-    ensure("somebody's", tmp_path, said.append)
+    prepare_if_missing("names", tmp_path, said.append)
+    prepare_if_missing("somebody's", tmp_path, said.append)
     assert said == []
     assert (tmp_path / "names" / "meta.json").stat().st_mtime_ns == before
     assert open_dataset(tmp_path, "names").tokenizer.vocab_size == 27

@@ -11,9 +11,8 @@ TEXTS = ["hello\nworld\n", "naïve Straße 日本語 🙂\u2028\x00\x7f", "a\u03
 
 
 def all_kinds(text):
-    return [
-        make(documents) for documents in (False, True) for make in (lambda d: CharTokenizer(text, d), ByteTokenizer)
-    ]
+    kinds = (lambda is_documents: CharTokenizer(text, is_documents), ByteTokenizer)
+    return [make(is_documents) for is_documents in (False, True) for make in kinds]
 
 
 def test_char_ids_are_nanogpts():
@@ -32,14 +31,14 @@ def test_byte_ids_are_the_utf8():
 
 
 def test_bos_is_the_last_id_and_stands_for_newline():
-    tokenizer = CharTokenizer("anna\nbob", documents=True)
+    tokenizer = CharTokenizer("anna\nbob", is_documents=True)
     assert tokenizer.chars == "abno"
     assert tokenizer.bos == 4
     assert tokenizer.vocab_size == 5
     assert tokenizer.encode("\nanna\nbob").tolist() == [4, 0, 2, 2, 0, 4, 1, 3, 1]
     assert tokenizer.decode([4, 0, 2]) == "\nan"
-    assert ByteTokenizer(documents=True).encode("\na").tolist() == [256, 97]
-    assert ByteTokenizer(documents=True).decode([256, 97]) == "\na"
+    assert ByteTokenizer(is_documents=True).encode("\na").tolist() == [256, 97]
+    assert ByteTokenizer(is_documents=True).decode([256, 97]) == "\na"
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -90,7 +89,7 @@ def test_half_a_surrogate_pair_is_named_and_does_not_crash():
 
 
 def test_prompts():
-    stream, documents = CharTokenizer("ab\n"), CharTokenizer("ab\n", documents=True)
+    stream, documents = CharTokenizer("ab\n"), CharTokenizer("ab\n", is_documents=True)
     assert stream.prompt("ab").tolist() == [1, 2]
     assert stream.prompt("").tolist() == [0]
     assert documents.prompt("ab").tolist() == [2, 0, 1]
@@ -100,7 +99,7 @@ def test_prompts():
 
 
 def test_json_and_equality():
-    kinds = all_kinds("ab\nß🙂") + [CharTokenizer("ab"), CharTokenizer("ab", documents=True)]
+    kinds = all_kinds("ab\nß🙂") + [CharTokenizer("ab"), CharTokenizer("ab", is_documents=True)]
     for i, tokenizer in enumerate(kinds):
         again = from_json(json.loads(json.dumps(tokenizer.to_json())))
         assert [again == other for other in kinds] == [i == j for j in range(len(kinds))]

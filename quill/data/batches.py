@@ -51,19 +51,19 @@ class Batches:
     rows: rows in a step's global batch. micro_rows: most rows in one micro-batch.
     """
 
-    def __init__(self, tokens, bos, block_size, *, rows, micro_rows, seed, device, rank=0, world=1):
-        assert rows % world == 0, "every rank takes the same number of rows"
+    def __init__(self, tokens, bos, block_size, *, rows, micro_rows, seed, device, rank=0, world_size=1):
+        assert rows % world_size == 0, "every rank takes the same number of rows"
         self.bos, self.block_size, self.device = bos, block_size, device
         self.rows, self.micro_rows = rows, micro_rows
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.n_tokens = len(tokens)
         self.id_mask = np.iinfo(tokens.dtype).max
         if bos is None:
             # Leaving out one window gives the phase its whole range, so that no place is always a window's edge.
             self.rows_per_epoch = max(1, (self.n_tokens - block_size) // block_size)
         else:
-            self.documents = document_rows(tokens, bos, block_size)
-            self.rows_per_epoch = len(self.documents[0])
+            self.document_rows = document_rows(tokens, bos, block_size)
+            self.rows_per_epoch = len(self.document_rows[0])
         # torch indexes signed integers only; `id_mask` undoes the sign.
         signed = tokens.view(np.int16 if tokens.dtype.itemsize == 2 else np.int32)
         self.on_device = tokens.nbytes <= ON_DEVICE_BYTES
@@ -94,36 +94,36 @@ class Batches:
                 phase = derive_seed("phase", self.seed, int(epoch)) % (min(slack, self.block_size - 1) + 1)
                 starts[here] = phase + row * self.block_size
             else:
-                starts[here], lengths[here] = self.documents[0][row], self.documents[1][row]
+                starts[here], lengths[here] = self.document_rows[0][row], self.document_rows[1][row]
         return starts, lengths
 
-    def step(self, step):
+    def global_batch(self, step):
         """→ tokens that step's global batch predicts, and this rank's micro-batches [(x, y, tokens predicted)]"""
         if self.prefetcher is None:
-            return self._make_step(step)
+            return self._make_global_batch(step)
         ready, future = self.prefetched
-        batch = future.result() if ready == step else self._make_step(step)
-        self.prefetched = (step + 1, self.prefetcher.submit(self._make_step, step + 1))
+        batch = future.result() if ready == step else self._make_global_batch(step)
+        self.prefetched = (step + 1, self.prefetcher.submit(self._make_global_batch, step + 1))
         return batch
 
-    def _make_step(self, step):
+    def _make_global_batch(self, step):
         starts, lengths = self.step_rows(step)
         total = int(lengths.sum())
-        mine = slice(self.rank * self.rows // self.world, (self.rank + 1) * self.rows // self.world)
+        mine = slice(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
         starts, lengths = starts[mine], lengths[mine]
         cuts = range(0, len(starts), self.micro_rows)
         return total, [self.gather(starts[i : i + self.micro_rows], lengths[i : i + self.micro_rows]) for i in cuts]
 
     def validation_rows(self):
         """The rows of the whole split, in order. → starts, lengths (R,)"""
-        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.documents
+        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
 
     def validation(self, max_rows=None):
         """The split in order, shared out over the ranks batch by batch: yields (x, y, tokens predicted)."""
         starts, lengths = (part[:max_rows] for part in self.validation_rows())
         wanted = CPU_EVAL_TOKENS if self.device.type == "cpu" else GPU_EVAL_TOKENS
         size = max(1, wanted // self.block_size)
-        for i in range(self.rank * size, len(starts), self.world * size):
+        for i in range(self.rank * size, len(starts), self.world_size * size):
             yield self.gather(starts[i : i + size], lengths[i : i + size])
 
     def gather(self, starts, lengths):

@@ -18,12 +18,12 @@ TIMEOUT = 30  # seconds without a byte after which a download is given up
 @dataclass(frozen=True)
 class Corpus:
     name: str
-    file: str  # its name in the folder $QUILL_CORPORA; the embedded one lies beside this module
-    url: str  # empty: embedded
-    sha256: str  # empty: embedded, so the repository vouches for it
+    file: str  # its name in the folder $QUILL_CORPORA; the bundled one lies beside this module
+    url: str  # empty: bundled
+    sha256: str  # empty: bundled, so the repository vouches for it
     origin: str  # who made it, and under which licence it is used
     tokenizer: str = "char"
-    documents: bool = False  # each line is a text of its own
+    is_documents: bool = False  # each line is a text of its own
 
 
 CORPORA = {
@@ -42,7 +42,7 @@ CORPORA = {
             url="",
             sha256="",
             origin="given names, typed for quill (MIT, as the rest of it)",
-            documents=True,
+            is_documents=True,
         ),
         Corpus(
             name="names32k",
@@ -50,7 +50,7 @@ CORPORA = {
             url="https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
             sha256="0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
             origin="32,033 given names in use in the USA in 2018 (ssa.gov), from karpathy/makemore (MIT)",
-            documents=True,
+            is_documents=True,
         ),
     )
 }
@@ -60,7 +60,7 @@ def locate(corpus, input="", data_dir="data"):
     """The path of a verified copy of `corpus`: `input`, $QUILL_CORPORA's, the downloaded one, or downloaded now."""
     if not corpus.url:
         if input:
-            raise UserError(f"--input={input}: {corpus.name} is embedded; for another text give --dataset=<a new name>")
+            raise UserError(f"--input={input}: {corpus.name} is bundled; for another text give --dataset=<a new name>")
         return Path(__file__).parent.parent.parent / "data" / corpus.file
     if input:
         return verify(Path(input), corpus, "give another --input, or none to have it downloaded")

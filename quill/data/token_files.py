@@ -39,7 +39,7 @@ HASHED_BYTES = 2**28  # a larger .bin is checked by its size alone: hashing it w
 class Dataset:
     name: str
     tokenizer: Tokenizer
-    documents: bool
+    is_documents: bool
     train: np.memmap  # (tokens,) uint16 or uint32
     val: np.memmap
     meta: dict
@@ -48,7 +48,7 @@ class Dataset:
 # ---------------------------------------------------------------- writing
 
 
-def ensure(dataset, data_dir="data", say=lambda line: print(line, file=sys.stderr)):
+def prepare_if_missing(dataset, data_dir="data", say=lambda line: print(line, file=sys.stderr)):
     """Prepare `dataset` if it is a known corpus that isn't there yet."""
     if dataset in CORPORA and not os.path.isfile(Path(data_dir) / dataset / "meta.json"):
         say(f"{dataset} is not prepared yet: writing it to {Path(data_dir) / dataset}")
@@ -59,14 +59,14 @@ def prepare_corpus(corpus, data_dir="data", input=""):
     """Find the text of a known corpus, and prepare it. → meta.json's values"""
     out = Path(data_dir) / corpus.name
     return prepare(
-        locate(corpus, input, data_dir), out, corpus.tokenizer, corpus.documents, corpus.url or f"data/{corpus.file}"
+        locate(corpus, input, data_dir), out, corpus.tokenizer, corpus.is_documents, corpus.url or f"data/{corpus.file}"
     )
 
 
-def prepare(source, out, tokenizer="char", documents=False, name=""):
+def prepare(source, out, tokenizer="char", is_documents=False, name=""):
     """The text file `source` → token files in the folder `out`, replacing those that it holds. → meta.json's values
 
-    tokenizer: "char" or "byte". documents: every line is a document. name: what to call the source in meta.json.
+    tokenizer: "char" or "byte". is_documents: every line is a document. name: what to call the source in meta.json.
     The text is read twice: first for its vocabulary and length, then to be encoded.
     """
     source, out = Path(source), Path(out)
@@ -75,15 +75,15 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
             f"{source}: {'not a regular file' if os.path.exists(source) else 'no such file'}; --input=FILE names a text"
         )
     with tqdm(total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
-        text, digest = TextFile(source, documents, bar), hashlib.sha256()
-        tokenizer, tokens, moved = survey(text, tokenizer, digest)
+        text, digest = TextFile(source, is_documents, bar), hashlib.sha256()
+        tokenizer, tokens, moved = scan_text(text, tokenizer, digest)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
         with replacing(out / "train.bin", out / "val.bin", out / "meta.json", shared=True) as (train, val, meta):
             splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
             for piece in text.pieces(again := hashlib.sha256()):
-                if documents:
+                if is_documents:
                     val_side = in_val(piece, moved)
-                    ids = [tokenizer.encode(joined(compress(piece, side))) for side in (~val_side, val_side)]
+                    ids = [tokenizer.encode(join_documents(compress(piece, side))) for side in (~val_side, val_side)]
                 else:
                     ids = tokenizer.encode(piece)
                     ids = np.split(ids, [max(0, tokens * 9 // 10 - splits["train"].tokens)])
@@ -95,7 +95,7 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
                 "format": FORMAT,
                 "tokenizer": tokenizer.to_json(),
                 "dtype": dtype.name,
-                "documents": documents,
+                "documents": is_documents,
                 "splits": {name: split.describe() for name, split in splits.items()},
                 "source": {"name": name or source.name, "sha256": digest.hexdigest()},
             }
@@ -103,16 +103,16 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
     return values
 
 
-def survey(text, kind, digest):
+def scan_text(text, kind, digest):
     """The first reading. → tokenizer, number of tokens, the document that changes sides or None"""
     known, tokens = np.zeros(sys.maxunicode + 1, bool), 0
     filled, ends = set(), []  # the splits that have a document; the first and the last document in sorted order
     for piece in text.pieces(digest):
-        if text.documents:
+        if text.is_documents:
             if len(filled) < 2:
                 filled |= set(in_val(piece).tolist())
                 ends = [min(piece + ends), max(piece + ends)]
-            piece = joined(piece)
+            piece = join_documents(piece)
         if kind == "char":
             codes = code_points(piece)
             if not known.take(codes).all():  # cheaper than to mark what is known already
@@ -120,12 +120,12 @@ def survey(text, kind, digest):
         tokens += len(piece) if kind == "char" else len(piece.encode())
     if tokens == 0:
         raise UserError(f"{text.path}: there is no text in it")
-    if text.documents and len(set(ends)) == 1:
+    if text.is_documents and len(set(ends)) == 1:
         raise UserError(f"{text.path}: holds one document, but train and val need two that differ")
     if tokens == 1:
         raise UserError(f"{text.path}: holds one token, but train and val need two at least")
     chars = map(chr, np.flatnonzero(known))
-    tokenizer = CharTokenizer(chars, text.documents) if kind == "char" else ByteTokenizer(text.documents)
+    tokenizer = CharTokenizer(chars, text.is_documents) if kind == "char" else ByteTokenizer(text.is_documents)
     return tokenizer, tokens, ends[1] if len(filled) == 1 else None
 
 
@@ -138,7 +138,7 @@ def in_val(documents, moved=None):
     return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
 
 
-def joined(documents):
+def join_documents(documents):
     """Documents → the text that a tokenizer of documents encodes as `BOS a b c BOS d e …`."""
     return "\n".join(["", *documents])
 
@@ -146,16 +146,16 @@ def joined(documents):
 class TextFile:
     """A UTF-8 file, read in pieces: of text, with \\n at the end of every line, or lists of documents."""
 
-    def __init__(self, path, documents, bar):
-        self.path, self.documents, self.bar = path, documents, bar
+    def __init__(self, path, is_documents, bar):
+        self.path, self.is_documents, self.bar = path, is_documents, bar
 
     def pieces(self, digest):
         """Yield the file's pieces, none of them empty. The file's bytes go to `digest`."""
-        if not self.documents:
-            yield from self.text(digest)
+        if not self.is_documents:
+            yield from self.decoded(digest)
             return
         rest = ""
-        for text in self.text(digest):
+        for text in self.decoded(digest):
             *lines, rest = (rest + text).split("\n")
             if len(rest) > LONGEST_DOCUMENT:
                 raise UserError(f"{self.path}: a line is longer than {LONGEST_DOCUMENT:,} characters; see --documents")
@@ -164,7 +164,7 @@ class TextFile:
         if rest.strip():
             yield [rest]
 
-    def text(self, digest):
+    def decoded(self, digest):
         newlines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         at, chunk = 0, b"-"
         try:
@@ -181,12 +181,12 @@ class TextFile:
             # error.object ends where the file has been read to, and may begin in an earlier chunk.
             at += error.start - len(error.object)
             raise UserError(
-                f"{self.path}: not UTF-8 at byte {at} (line {self.line(at)}): {error.reason}; save it as UTF-8"
+                f"{self.path}: not UTF-8 at byte {at} (line {self.line_number(at)}): {error.reason}; save it as UTF-8"
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: can't be read: {error.strerror}") from None
 
-    def line(self, at):
+    def line_number(self, at):
         """The number of the line that holds byte `at`."""
         with open(self.path, "rb") as file:
             chunks = (file.read(min(CHUNK, at - start)).decode("latin-1") for start in range(0, at, CHUNK))
@@ -231,7 +231,7 @@ def open_dataset(data_dir, dataset):
             raise UserError(f"format {meta['format']} is newer than {FORMAT}, which this quill reads: update it")
         dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
         tokenizer = from_json(meta["tokenizer"])
-        if meta["documents"] is not tokenizer.documents:
+        if meta["documents"] is not tokenizer.is_documents:
             raise ValueError("documents and tokenizer contradict each other")
         expected = [(name, operator.index(split["tokens"]), split["sha256"]) for name, split in meta["splits"].items()]
         if [name for name, _, _ in expected] != ["train", "val"]:
@@ -246,7 +246,7 @@ def open_dataset(data_dir, dataset):
         raise UserError(f"{path}: {error}; {command} writes it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {command} writes it again") from None
-    return Dataset(dataset, tokenizer, tokenizer.documents, *splits, meta)
+    return Dataset(dataset, tokenizer, tokenizer.is_documents, *splits, meta)
 
 
 def open_split(path, dtype, tokens, sha256, vocab_size):

@@ -18,17 +18,17 @@ class Tokenizer:
     kind: str
     size: int
 
-    def __init__(self, documents=False):
-        self.documents = documents
+    def __init__(self, is_documents=False):
+        self.is_documents = is_documents
 
     @property
     def vocab_size(self):
-        return self.size + self.documents
+        return self.size + self.is_documents
 
     @property
     def bos(self):
         """The id that starts a document; None for a stream."""
-        return self.size if self.documents else None
+        return self.size if self.is_documents else None
 
     def encode(self, text):
         """`text` → its ids (T,), int64. A UserError names the characters that the vocabulary lacks."""
@@ -48,7 +48,7 @@ class Tokenizer:
 
     def prompt(self, text):
         """`text` → the ids to generate from, at least one: a new document, or for an empty text a new line."""
-        if self.documents:
+        if self.is_documents:
             return self.encode("\n" + text)
         return self.encode(text or self.newline())
 
@@ -56,7 +56,7 @@ class Tokenizer:
         return "\n"
 
     def to_json(self):
-        return {"kind": self.kind, "documents": self.documents}
+        return {"kind": self.kind, "documents": self.is_documents}
 
     def __eq__(self, other):
         return isinstance(other, Tokenizer) and self.to_json() == other.to_json()
@@ -70,11 +70,11 @@ class CharTokenizer(Tokenizer):
 
     kind = "char"
 
-    def __init__(self, chars, documents=False):
-        super().__init__(documents)
-        self.chars = "".join(sorted(set(chars) - ({"\n"} if documents else set())))
+    def __init__(self, chars, is_documents=False):
+        super().__init__(is_documents)
+        self.chars = "".join(sorted(set(chars) - ({"\n"} if is_documents else set())))
         self.size = len(self.chars)
-        self.codes = code_points(self.chars + ("\n" if documents else ""))  # id → code point
+        self.codes = code_points(self.chars + ("\n" if is_documents else ""))  # id → code point
         # Code point → id or -1. The last entry is for all code points above the highest known one, which `take` clips.
         self.ids = np.full(int(self.codes.max(initial=0)) + 2, -1)
         self.ids[self.codes] = np.arange(len(self.codes))
@@ -110,7 +110,7 @@ class ByteTokenizer(Tokenizer):
             ids = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
         except UnicodeEncodeError:  # half of a surrogate pair, which no UTF-8 file holds but a command line may
             raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
-        return np.where(ids == ord("\n"), self.bos, ids) if self.documents else ids
+        return np.where(ids == ord("\n"), self.bos, ids) if self.is_documents else ids
 
     def stream(self, errors="replace"):
         utf8 = codecs.getincrementaldecoder("utf-8")(errors)
@@ -128,14 +128,14 @@ KINDS = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer)}
 def from_json(values):
     """The tokenizer that `to_json` described. A UserError where the description is not one of ours."""
     values = values if isinstance(values, dict) else {}
-    kind, documents, chars = (values.get(key) for key in ("kind", "documents", "chars"))
+    kind, is_documents, chars = (values.get(key) for key in ("kind", "documents", "chars"))
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"tokenizer kind {kind!r} is not known here; the kinds are {', '.join(KINDS)}")
-    if isinstance(documents, bool):
+    if isinstance(is_documents, bool):
         if kind == "byte":
-            return ByteTokenizer(documents)
+            return ByteTokenizer(is_documents)
         # Ids are ranks, so characters in another order would decode to another text: refused, not sorted.
-        if isinstance(chars, str) and (tokenizer := CharTokenizer(chars, documents)).chars == chars:
+        if isinstance(chars, str) and (tokenizer := CharTokenizer(chars, is_documents)).chars == chars:
             return tokenizer
     raise UserError(f"the description of the {kind} tokenizer is damaged")
 
