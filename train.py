@@ -23,7 +23,7 @@ from model import GPT
 from quill import checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import Batches, derive_seed
-from quill.data.token_files import ensure, open_dataset
+from quill.data.token_files import open_dataset, prepare_if_missing
 from quill.errors import UserError
 from quill.machine import Ranks, StopSignals, memory_limits, pick_machine
 from quill.observers.console import Reporter, describe, draw_samples, perplexity
@@ -49,7 +49,7 @@ class Progress:
 def train_step(model, batches, step, optimizers, scaler, config, machine):
     """One optimizer step on the step's global batch. → loss, gradient norm (both still on the device), tokens."""
     machine.seed(derive_seed("dropout", config.seed, step, machine.rank))
-    total, micro_batches = batches.step(step)
+    total, micro_batches = batches.global_batch(step)
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
         # DDP averages gradients over the ranks: do it once, behind the last micro-batch.
@@ -96,7 +96,7 @@ def compile_model(model, batches, config, machine):
     """torch.compile where it pays and works, tried forward and backward; else the model itself."""
     if not (machine.device.type == "cuda" if config.compile == "auto" else config.compile):
         return model
-    x, y, _ = batches.step(0)[1][0]
+    x, y, _ = batches.global_batch(0)[1][0]
     try:
         compiled = torch.compile(model)
         with machine.autocast():
@@ -134,7 +134,7 @@ def read_losses(pending, progress, scaler, machine):
 
 def open_data(config, machine):
     """→ dataset, training batches, validation batches."""
-    machine.on_rank_0(ensure, config.dataset, config.data_dir)
+    machine.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
     dataset = machine.on_all_ranks(open_dataset, config.data_dir, config.dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
     if rows % machine.world:
@@ -150,7 +150,7 @@ def open_data(config, machine):
                 f"--block_size={config.block_size}: use a smaller one or a longer text"
             )
         settings = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
-        settings |= {"device": machine.device, "rank": machine.rank, "world": machine.world}
+        settings |= {"device": machine.device, "rank": machine.rank, "world_size": machine.world}
         batches.append(Batches(tokens, bos, config.block_size, **settings))
     return dataset, *batches
 

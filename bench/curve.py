@@ -37,7 +37,7 @@ optimizer = model.configure_optimizers(
 )
 batches = Batches(dataset.train, None, config.block_size, rows=B, micro_rows=B, seed=config.seed, device=device)
 for step in range(config.max_iters):
-    (x, y, _), = batches.step(step)[1]
+    (x, y, _), = batches.global_batch(step)[1]
     loss = model(x.contiguous(), y.contiguous())[1]  # the peer's model takes views of them
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
