@@ -35,7 +35,7 @@ def replacing(*paths: str | Path, shared: bool = False) -> Iterator[list[BinaryI
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            files = [stack.enter_context(open(path, "wb")) for path in temporary]
+            files: list[BinaryIO] = [stack.enter_context(open(path, "wb")) for path in temporary]
             yield files
             for file in files:
                 file.flush()

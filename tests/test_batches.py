@@ -52,7 +52,7 @@ def test_a_step_is_a_pure_function():
     assert not torch.equal(make(data, seed=1).global_batch(0)[1][0][0], ahead[0])
 
 
-def test_every_window_once_an_epoch_and_another_phase_and_order_in_the_next():
+def test_every_window_once_an_epoch_and_another_offset_and_order_in_the_next():
     batches = make(stream(1003), rows=4)
     assert batches.rows_per_epoch == (1003 - 8) // 8 == 124
     assert 124 % 4 == 0
@@ -64,7 +64,7 @@ def test_every_window_once_an_epoch_and_another_phase_and_order_in_the_next():
         assert 0 <= ordered[0] < 8
         assert ordered[-1] + 8 < 1003
         epochs.append(starts)
-    assert len({int(starts.min()) for starts in epochs}) > 2  # phases differ
+    assert len({int(starts.min()) for starts in epochs}) > 2  # offsets differ
     assert len({tuple(np.argsort(starts)) for starts in epochs}) == 6  # orders differ
 
 
@@ -77,20 +77,20 @@ def test_a_step_may_straddle_epochs():
 
 @pytest.mark.parametrize("n", [9, 10, 15, 16, 17, 24])
 def test_the_shortest_streams(n):
-    """One token more than a block is enough; a phase never runs over the end."""
+    """One token more than a block is enough; an offset never runs over the end."""
     for step in range(30):
         _, [(x, y, _)] = make(stream(n)).global_batch(step)
         assert torch.equal(y, x + 1)
         assert y.max() < n
 
 
-def test_phases_are_evenly_spread():
+def test_offsets_are_evenly_spread():
     batches = make(stream(200), rows=1)
     per_epoch = batches.rows_per_epoch
-    phases = Counter(int(batches.step_rows(epoch * per_epoch)[0][0]) % 8 for epoch in range(800))
-    assert set(phases) == set(range(8))
-    assert min(phases.values()) > 60
-    assert max(phases.values()) < 140
+    offsets = Counter(int(batches.step_rows(epoch * per_epoch)[0][0]) % 8 for epoch in range(800))
+    assert set(offsets) == set(range(8))
+    assert min(offsets.values()) > 60
+    assert max(offsets.values()) < 140
 
 
 @pytest.mark.parametrize("bos", [None, 50])
