@@ -52,13 +52,13 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        ([], "what should be prepared.*shakespeare_char.*names32k.*--input=my.txt"),
+        ([], "no corpus and no --input given.*shakespeare_char.*names32k.*--input=my.txt"),
         (["shakespere_char"], "did you mean shakespeare_char"),
         (["xyzzy"], "the known ones are shakespeare_char, names, names32k"),
         (["TEXT"], "is not a known corpus.*--input=.*text.txt --dataset="),
         (["names", "names32k"], "one corpus at a time"),
-        (["--input=TEXT"], "give a name for the dataset"),
-        (["--dataset=mine"], "of which text.*--input=FILE"),
+        (["--input=TEXT"], "no name given for the dataset.*--dataset=mine"),
+        (["--dataset=mine"], "--dataset=mine: no --input given; add --input=FILE"),
         (["--dataset=names32k"], "`python prepare.py names32k`"),
         (["--input=TEXT", "--dataset=names32k"], "is the name of a known corpus"),
         (["names", "--documents=none"], "--documents=none: names has documents=lines"),
