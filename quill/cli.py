@@ -198,10 +198,10 @@ def _as_number(value: Any, kind: type) -> int | float | None:
     for parse in (int, float):  # int first: a float would round large ones
         try:
             number = parse(value) if isinstance(value, str) else value
-        except ValueError:
+            if kind is float:
+                return float(number)
+        except (ValueError, OverflowError):
             continue
-        if kind is float:
-            return float(number)
         if number == number and abs(number) != float("inf") and int(number) == number:
             return int(number)
     return None
