@@ -7,8 +7,8 @@ training would report for the text:
     a stream    The first token is predicted from a newline, as in sampling with an empty prompt. If the vocabulary has
                 no newline, its first character takes its place. So a single character has a score too.
 
-A text longer than block_size is cut into windows that do not overlap, and each window starts without context. Options,
-checkpoints and error messages are left to sample.py.
+A text longer than block_size is cut into windows that do not overlap. The first token of a window is predicted from
+the one token before it. Options, checkpoints and error messages are left to sample.py.
 
 Shapes: N tokens that are predicted, B windows in a batch, T tokens in a window, V = vocab_size.
 """

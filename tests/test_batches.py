@@ -1,4 +1,4 @@
-"""quill/data/batches.py: every row once an epoch, the same global batch at every world size, exact validation."""
+"""quill/data/batches.py: every row once per epoch, the same global batch at every world size, exact validation."""
 
 from collections import Counter
 
@@ -26,11 +26,11 @@ def make(tokens, bos=None, block_size=8, rows=6, micro_rows=6, seed=0, **where):
 
 
 def stream(n=1000):
-    return np.arange(n, dtype=np.uint16)  # every token says where it stands
+    return np.arange(n, dtype=np.uint16)  # every token is its own position
 
 
 def names(lengths, bos=50):
-    """Documents of the given lengths; the nth holds n in every place."""
+    """Documents of the given lengths. The nth one consists of the token n."""
     return np.array([i for n, length in enumerate(lengths) for i in [bos] + [n % 50] * length], dtype=np.uint16)
 
 
@@ -68,7 +68,7 @@ def test_every_window_once_an_epoch_and_another_offset_and_order_in_the_next():
     assert len({tuple(np.argsort(starts)) for starts in epochs}) == 6  # orders differ
 
 
-def test_a_step_may_straddle_epochs():
+def test_a_step_may_use_rows_of_several_epochs():
     batches = make(stream(100), rows=7)  # 11 windows
     seen = np.concatenate([batches.step_rows(step)[0] for step in range(11)]).reshape(7, 11)
     for epoch in seen:
@@ -77,7 +77,7 @@ def test_a_step_may_straddle_epochs():
 
 @pytest.mark.parametrize("n", [9, 10, 15, 16, 17, 24])
 def test_the_shortest_streams(n):
-    """One token more than a block is enough; an offset never runs over the end."""
+    """One token more than block_size is enough, and no window ends after the stream."""
     for step in range(30):
         _, [(x, y, _)] = make(stream(n)).global_batch(step)
         assert torch.equal(y, x + 1)
@@ -95,7 +95,7 @@ def test_offsets_are_evenly_spread():
 
 @pytest.mark.parametrize("bos", [None, 50])
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_the_ranks_share_out_the_one_batch(bos, world_size):
+def test_the_ranks_together_have_the_batch_of_one_process(bos, world_size):
     data = stream() if bos is None else names(range(1, 14))
     whole = make(data, bos)
     parts = [make(data, bos, rank=rank, world_size=world_size, micro_rows=1) for rank in range(world_size)]
@@ -109,7 +109,7 @@ def test_the_ranks_share_out_the_one_batch(bos, world_size):
         assert sum(m[2] for m in micro) == total == (y != -1).sum().item()
 
 
-def test_documents_are_rows_of_their_own():
+def test_a_row_holds_one_document():
     data = names([3, 1, 7, 5])
     batches = make(data, 50, rows=4)
     for epoch in range(5):
@@ -119,20 +119,20 @@ def test_documents_are_rows_of_their_own():
         for row, targets in zip(x.tolist(), y.tolist(), strict=True):
             n = targets[0]
             length = [3, 1, 7, 5][n]
-            assert row == [50] + [n] * length + [50] * (7 - length)  # what is behind the end is blank
+            assert row == [50] + [n] * length + [50] * (7 - length)  # the rest of the row is BOS and predicts nothing
             assert targets == [n] * length + [50] + [-1] * (7 - length)
             seen.add(n)
         assert seen == {0, 1, 2, 3}
 
 
-def test_a_long_document_comes_in_pieces():
+def test_a_long_document_fills_several_rows():
     data = np.array([50] + list(range(20)), dtype=np.uint16)
     starts, lengths = module.document_rows(data, 50, 8)
     assert starts.tolist() == [0, 8, 16]
     assert lengths.tolist() == [8, 8, 5]
     x, y, predicted = make(data, 50).gather(starts, lengths)
     assert predicted == 21
-    assert y[y != -1].tolist() == list(range(20)) + [50]  # each token once, the end too
+    assert y[y != -1].tolist() == list(range(20)) + [50]  # every token once, and the BOS at the end
     assert x[2].tolist() == [15, 16, 17, 18, 19, 50, 50, 50]
 
 
@@ -179,7 +179,7 @@ def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monke
 
 
 def test_seeds_are_distinct_and_stable():
-    """Stable, because runs of other machines and versions must be repeatable: these numbers may never change."""
+    """This number may never change, because a run must be repeatable on other machines and versions."""
     assert derive_seed("order", 1337, 0) == 5199327084268123949
     seeds = {derive_seed(purpose, seed, step) for purpose in "ab" for seed in range(30) for step in range(300)}
     assert len(seeds) == 2 * 30 * 300

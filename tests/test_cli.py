@@ -1,4 +1,4 @@
-"""Options: precedence, types, checks, and one clear line for each mistake."""
+"""quill/cli.py: flags and config files become checked options; every mistake is one line."""
 
 import ast
 import dataclasses
@@ -118,13 +118,13 @@ def test_a_missing_file_and_one_that_is_not_utf8(tmp_path):
         read_config_file(path, TrainConfig)
 
 
-def test_a_config_file_can_not_reach_into_ours(tmp_path):
+def test_a_config_file_runs_in_a_new_namespace(tmp_path):
     before = set(sys.modules["quill.cli"].__dict__)
     read_config_file(config_file(tmp_path, "n_layer = 2\n_x = 5\n"), TrainConfig)
     assert set(sys.modules["quill.cli"].__dict__) == before
 
 
-def test_nanogpts_retired_keys_are_noticed(capsys, tmp_path):
+def test_retired_keys_of_nanogpt_are_translated_and_noted(capsys, tmp_path):
     text = "wandb_log = True\nwandb_project = 'x'\nalways_save_checkpoint = False\ndecay_lr = False\nwarmup_iters = 9\n"
     got = read_config_file(config_file(tmp_path, text), TrainConfig)
     assert got == {"schedule": "constant", "warmup_iters": 0}  # nanoGPT has no warm-up without decay
@@ -139,22 +139,22 @@ def test_nanogpts_retired_keys_are_noticed(capsys, tmp_path):
         flags("--init_from=gpt2-xl", schema=SampleConfig)
 
 
-def test_an_empty_value_leaves_a_number_as_it_is():
+def test_an_empty_value_leaves_a_number_at_its_default():
     assert flags("--top_p=", "--seed=", "--start=", schema=SampleConfig) == {"top_p": None, "start": ""}
 
 
 @pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, PrepareConfig])
 def test_help_names_every_option_once(schema, capsys):
-    text = help_text(schema, "what it is")
+    text = help_text(schema, "the docstring")
     for option in dataclasses.fields(schema):
         assert text.count(f"  --{option.name}=") == 1
     with pytest.raises(SystemExit) as exit:
-        read_args(["--help"], schema, "what it is")
+        read_args(["--help"], schema, "the docstring")
     assert exit.value.code == 0
     assert capsys.readouterr().out.strip() == text
 
 
-def test_every_shipped_config_is_plain_and_valid():
+def test_every_shipped_config_is_valid_and_holds_assignments_only():
     assert {"names", "names32k", "shakespeare_char", "shakespeare_char_cpu", "gpt2"} <= {p.stem for p in config_files()}
     for path in config_files():
         config = TrainConfig(**read_config_file(path, TrainConfig))
@@ -170,7 +170,7 @@ def test_the_list_of_configs_has_a_line_for_each():
     assert all(len(line.split(None, 1)[1]) > 20 for line in lines)
 
 
-def test_the_schema_imports_the_standard_library_alone():
+def test_cli_imports_the_standard_library_only():
     code = "import quill.cli, sys; print(not {'torch', 'numpy', 'tqdm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"

@@ -1,3 +1,5 @@
+"""quill/data/corpora.py: where a known corpus is found, that it is verified, and what a bad download gives."""
+
 import hashlib
 import threading
 from dataclasses import replace
@@ -93,7 +95,7 @@ def test_no_network_says_what_to_do(server, tmp_path, monkeypatch):
         locate(server.corpus, data_dir=tmp_path)
 
 
-def test_a_silent_server_is_given_up(server, tmp_path, monkeypatch):
+def test_a_silent_server_times_out(server, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "TIMEOUT", 0.2)
     monkeypatch.setattr(Handler, "do_GET", lambda self: threading.Event().wait(1))
     with pytest.raises(UserError, match="timed out.*--input=FILE"):

@@ -1,3 +1,5 @@
+"""quill/files.py: several files are replaced together. tests/test_properties.py fails a write at every point."""
+
 import pytest
 
 from quill.errors import UserError

@@ -1,3 +1,5 @@
+"""quill/options.py: defaults are nanoGPT's, and values out of range are refused."""
+
 import dataclasses
 
 import pytest
@@ -7,7 +9,7 @@ from quill.options import ModelConfig, SampleConfig, TrainConfig
 
 
 def test_defaults_that_nanogpt_has_are_nanogpts():
-    """nanoGPT's train.py, read off its repository: github.com/karpathy/nanoGPT."""
+    """They are copied from train.py and sample.py of github.com/karpathy/nanoGPT."""
     config = dataclasses.asdict(TrainConfig())
     theirs = {
         "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_only": False, "init_from": "scratch",
@@ -58,6 +60,6 @@ def test_wrong_values(options, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_shape_is_checked_where_it_is_made():
+def test_a_model_config_is_checked_at_construction():
     with pytest.raises(UserError):
         ModelConfig(n_embd=7, n_head=2)

@@ -1,3 +1,5 @@
+"""prepare.py: one command for each text, and one line for each mistake. Its files are tested in test_token_files.py."""
+
 import io
 import os
 import random
@@ -74,7 +76,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         ),
     ],
 )
-def test_what_a_wrong_command_gets(write, tmp_path, args, reason):
+def test_wrong_commands(write, tmp_path, args, reason):
     source = str(write(ALICE))
     with pytest.raises(UserError, match=reason) as caught:
         script.main([arg.replace("TEXT", source) for arg in args] + [f"--data_dir={tmp_path / 'data'}"])
@@ -106,7 +108,7 @@ def test_a_file_that_cannot_grow_is_removed(write, tmp_path):
     assert list((tmp_path / "data" / "mine").iterdir()) == []
 
 
-def test_help_answers_in_a_blink():
+def test_help_answers_within_300_ms():
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -136,7 +138,7 @@ def test_a_large_file_takes_little_memory_and_time(tmp_path, kind, documents):
     with open(source, "wb") as file:
         while file.tell() < 200e6:
             file.write(line.getbuffer())
-    # The process between measures its child alone: a child's peak includes that of the process that started it.
+    # Another process starts prepare.py and measures it, because a child's peak memory includes that of its parent.
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
         "usage = resource.getrusage(resource.RUSAGE_CHILDREN); print(usage.ru_maxrss, usage.ru_utime + usage.ru_stime)"

@@ -1,4 +1,4 @@
-"""sample.py: from a checkpoint alone, the same text for the same seed, one line for each mistake."""
+"""sample.py: it needs a checkpoint only, a seed gives the same text, and every mistake is one line."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from quill.errors import UserError
 
 @pytest.fixture(scope="session")
 def runs(data_dir, tmp_path_factory):
-    """out_dirs of a trained stream model and a trained document model."""
+    """A folder with two runs: `prose`, trained on a stream, and `words`, trained on documents."""
     from conftest import TINY
 
     folder = tmp_path_factory.mktemp("runs")
@@ -38,7 +38,7 @@ def test_a_stream(runs, capsys):
     assert out != write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50", "--seed=2")
 
 
-def test_documents_are_a_line_each_and_end_by_themselves(runs, capsys):
+def test_documents_are_a_line_each_and_end_at_bos(runs, capsys):
     lines = write(capsys, runs, "words", "--num_samples=40").splitlines()
     assert len(lines) == 40
     assert all(set(line) <= set("etaoinshrdlu") for line in lines)
@@ -49,7 +49,7 @@ def test_documents_are_a_line_each_and_end_by_themselves(runs, capsys):
 
 
 def test_greedy_text_is_the_models_own(runs, capsys):
-    """Against a loop over the whole model's argmax."""
+    """The expected text is made by a loop that takes the argmax without a cache."""
     out = write(capsys, runs, "prose", "--start=the", "--num_samples=1", "--max_new_tokens=12", "--temperature=0")
     state = checkpoint.load(runs / "prose" / "best.pt")
     model = checkpoint.load_model(state, "").eval()
@@ -61,7 +61,7 @@ def test_greedy_text_is_the_models_own(runs, capsys):
     assert out == tokenizer.decode(ids[0].tolist()) + "\n---------------\n"
 
 
-def test_the_first_sample_comes_as_it_is_drawn(runs):
+def test_the_first_sample_is_written_as_it_is_drawn(runs):
     state = checkpoint.load(runs / "prose" / "best.pt")
     pieces = []
     config = sample.SampleConfig(num_samples=2, max_new_tokens=20, device="cpu", start="a")
@@ -79,7 +79,7 @@ def test_prompts(runs, capsys, tmp_path):
     one = ["--num_samples=1", "--max_new_tokens=20"]
     from_file = write(capsys, runs, "prose", f"--start=FILE:{prompt}", *one)
     assert from_file == write(capsys, runs, "prose", "--start=the nude ", *one)
-    long = "the " * 40  # longer than the block: its tail is used
+    long = "the " * 40  # longer than block_size
     assert write(capsys, runs, "prose", f"--start={long}", *one).startswith(long)
     assert write(capsys, runs, "prose", *one)  # no prompt
 

@@ -1,3 +1,5 @@
+"""quill/data/token_files.py: what is written for a text, what is refused, and that damage is found at opening."""
+
 import errno
 import hashlib
 import itertools
@@ -21,7 +23,7 @@ NAMES = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 
 
 def prepared(source, tmp_path, *args, name="mine"):
-    """Prepare `source` and open it. → dataset"""
+    """Prepare `source`, and return the open dataset."""
     prepare(source, tmp_path / "data" / name, *args)
     assert sorted(path.name for path in (tmp_path / "data" / name).iterdir()) == FILES
     return open_dataset(tmp_path / "data", name)
@@ -44,7 +46,7 @@ def documents_of(tokens, tokenizer):
 def test_tiny_shakespeare_is_nanogpts(tmp_path):
     token_files.prepare_corpus(corpora.CORPORA["shakespeare_char"], tmp_path)
     text = (Path(os.environ["QUILL_CORPORA"]) / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    # nanoGPT's data/shakespeare_char/prepare.py, in its own words
+    # as data/shakespeare_char/prepare.py of nanoGPT does it
     stoi = {char: i for i, char in enumerate(sorted(set(text)))}
     halves = {"train": text[: int(len(text) * 0.9)], "val": text[int(len(text) * 0.9) :]}
     for split, half in halves.items():
@@ -97,8 +99,8 @@ def test_a_stream_is_the_text_in_order(write, tmp_path):
 @pytest.mark.parametrize("kind", ["char", "byte"])
 @pytest.mark.parametrize("is_documents", [False, True])
 @pytest.mark.parametrize("chunk", [3, 5, 64])
-def test_the_chunks_leave_no_trace(write, tmp_path, monkeypatch, kind, is_documents, chunk):
-    """Characters, line ends, the byte-order mark and the split may lie across two chunks."""
+def test_the_size_of_the_chunks_changes_nothing(write, tmp_path, monkeypatch, kind, is_documents, chunk):
+    """Characters, line ends, the byte-order mark and the split may extend over two chunks."""
     rng = random.Random(0)
     plain = "a" + "".join(rng.choices(["a", "ß", "日本", "🙂", "\ufeff", "\n", "\n\n", " "], k=300))
     prepare(write(plain, "a.txt"), tmp_path / "whole", kind, is_documents, "same")
@@ -117,7 +119,7 @@ def test_the_chunks_leave_no_trace(write, tmp_path, monkeypatch, kind, is_docume
 def test_line_ends_and_the_byte_order_mark(write, tmp_path):
     dataset = prepared(write(b"\xef\xbb\xbfone\r\ntwo\rthree\n\r\xef\xbb\xbf"), tmp_path)
     text = dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val]))
-    assert text == "one\ntwo\nthree\n\n\ufeff"  # a mark is one at the very start only
+    assert text == "one\ntwo\nthree\n\n\ufeff"  # it is a mark at the start of the file only
 
 
 def test_the_same_text_gives_the_same_bytes(write, tmp_path):
@@ -151,14 +153,14 @@ def test_documents_are_kept_whole_and_split_by_their_text(write, tmp_path, kind)
     dataset = prepared(write("\n\n".join(lines)), tmp_path, kind, True)
     train, val = (documents_of(tokens, dataset.tokenizer) for tokens in (dataset.train, dataset.val))
     wanted = [line for line in lines if line.strip()]
-    # the rule, one document at a time
+    # the rule, written for one document at a time
     assert val == [line for line in wanted if zlib.crc32(line.encode()) % 10 == 0]
     assert train == [line for line in wanted if zlib.crc32(line.encode()) % 10 != 0]
     assert dataset.is_documents
     assert dataset.train[0] == dataset.tokenizer.bos == dataset.tokenizer.vocab_size - 1
     assert (dataset.train == dataset.tokenizer.bos).sum() == len(train)
     if kind == "char":
-        assert dataset.tokenizer.chars == "".join(sorted(set("".join(wanted))))  # no tab: its line was blank
+        assert dataset.tokenizer.chars == "".join(sorted(set("".join(wanted))))  # no tab, because its line was blank
 
 
 def test_no_split_is_ever_empty(write, tmp_path):
@@ -173,7 +175,7 @@ def test_no_split_is_ever_empty(write, tmp_path):
             prepare(write(f"{name}\n\n{name}\n"), tmp_path / "one", "char", True)
 
 
-def test_a_line_that_is_no_document_is_refused(write, tmp_path, monkeypatch):
+def test_a_line_that_is_too_long_is_refused(write, tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "LONGEST_DOCUMENT", 100)
     monkeypatch.setattr(token_files, "CHUNK", 64)
     with pytest.raises(UserError, match="longer than 100 characters"):
@@ -208,7 +210,7 @@ def test_texts_that_are_refused(write, tmp_path, monkeypatch, content, is_docume
     assert not (tmp_path / "mine").exists()
 
 
-def test_sources_that_are_no_files(tmp_path):
+def test_sources_that_are_not_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         prepare(tmp_path / "nowhere.txt", tmp_path / "mine")
     with pytest.raises(UserError, match="not a regular file"):
@@ -245,7 +247,7 @@ def test_a_folder_that_cannot_be_written_to(write, tmp_path):
 
 @pytest.mark.parametrize("stop", range(4))
 def test_half_a_dataset_never_opens(write, tmp_path, monkeypatch, stop):
-    """However far the renaming came before the power went, what opens is one whole dataset."""
+    """After a power cut between two renames, the folder opens as the new dataset or not at all."""
     prepared(write("abcdefgh" * 10), tmp_path)
     rename, calls = os.replace, []
 
@@ -284,7 +286,7 @@ def change_bin(change_bytes):
 
 
 def foreign_id(folder):
-    """An id outside the vocabulary, in a file that meta.json vouches for."""
+    """Put an id outside the vocabulary into val.bin, and its SHA-256 into meta.json."""
     change_bin(lambda data: data[:-2] + b"\xff\x00")(folder)
     splits = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["splits"]
     splits["val"]["sha256"] = hashlib.sha256((folder / "val.bin").read_bytes()).hexdigest()
@@ -319,7 +321,7 @@ def foreign_id(folder):
         (change_meta(splits={"train": {"tokens": 1.5, "sha256": ""}}), "meta.json: damaged"),
     ],
 )
-def test_damage_is_found_and_the_mending_command_named(write, tmp_path, damage, reason):
+def test_damage_is_found_and_the_error_names_the_fix(write, tmp_path, damage, reason):
     prepared(write(ALICE), tmp_path)
     damage(tmp_path / "data" / "mine")
     with pytest.raises(UserError, match=reason) as caught:

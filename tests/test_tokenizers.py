@@ -1,3 +1,5 @@
+"""quill/data/tokenizers.py: ids by hand, round trips, streams, prompts, unknown characters, JSON."""
+
 import json
 import random
 
@@ -30,7 +32,7 @@ def test_byte_ids_are_the_utf8():
     assert ByteTokenizer().bos is None
 
 
-def test_bos_is_the_last_id_and_stands_for_newline():
+def test_bos_is_the_last_id_and_replaces_the_newline():
     tokenizer = CharTokenizer("anna\nbob", is_documents=True)
     assert tokenizer.chars == "abno"
     assert tokenizer.bos == 4
@@ -63,7 +65,7 @@ def test_a_stream_gives_the_same_text_in_whole_characters():
         assert "".join(pieces) == text
 
 
-def test_bytes_that_are_no_character_are_marked():
+def test_bytes_that_are_not_utf8_become_replacement_characters():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
     assert tokenizer.decode([0x61, 0xC3]) == "a\ufffd"
@@ -82,7 +84,7 @@ def test_unknown_characters_are_named():
         tokenizer.encode("".join(map(chr, range(0x4E00, 0x4E00 + 26))))
 
 
-def test_half_a_surrogate_pair_is_named_and_does_not_crash():
+def test_half_a_surrogate_pair_is_an_unknown_character():
     for tokenizer in all_kinds("abc\n"):
         with pytest.raises(UserError, match=r"^'\\udce9' \(1 character"):
             tokenizer.encode("a\udce9")
@@ -94,7 +96,7 @@ def test_prompts():
     assert stream.prompt("").tolist() == [0]
     assert documents.prompt("ab").tolist() == [2, 0, 1]
     assert documents.prompt("").tolist() == [2]
-    assert CharTokenizer("ab").prompt("").tolist() == [0]  # a text of one line has no newline
+    assert CharTokenizer("ab").prompt("").tolist() == [0]  # without a newline in the vocabulary, its first character
     assert ByteTokenizer().prompt("").tolist() == [10]
 
 

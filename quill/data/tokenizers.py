@@ -66,7 +66,7 @@ class Tokenizer:
         return self.encode(text or self.newline())
 
     def newline(self) -> str:
-        """The character that an empty prompt of a stream stands for."""
+        """The text that an empty prompt of a stream is replaced by."""
         return "\n"
 
     def to_json(self) -> dict[str, Any]:
