@@ -1,18 +1,19 @@
 """Turn a text into token files: data/<dataset>/{train.bin, val.bin, meta.json}.
 
-    python prepare.py shakespeare_char                                  # a known corpus: or names, names32k
-    python prepare.py --input=my.txt --dataset=mine                     # your own text, UTF-8
-    python prepare.py --input=my.txt --dataset=mine --documents=lines   # every line is a text of its own, as in names
-    python prepare.py --input=my.txt --dataset=mine --tokenizer=byte    # a token is a byte and not a character
+    python prepare.py shakespeare_char                                  # a known corpus; others: names, names32k
+    python prepare.py --input=my.txt --dataset=mine                     # your own text, in UTF-8
+    python prepare.py --input=my.txt --dataset=mine --documents=lines   # every line is a separate document
+    python prepare.py --input=my.txt --dataset=mine --tokenizer=byte    # tokens are bytes, not characters
 
-A known corpus is taken from --input, the folder $QUILL_CORPORA or an earlier download, or else is downloaded.
+A known corpus is read from --input, from the folder $QUILL_CORPORA or from an earlier download; else it is downloaded.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 from quill.cli import did_you_mean, read_args, run
-from quill.data.corpora import CORPORA
+from quill.data.corpora import CORPORA, Corpus
 from quill.errors import UserError
 from quill.options import PrepareConfig
 
@@ -20,8 +21,12 @@ USAGE = f"python prepare.py {' | '.join(CORPORA)}, or python prepare.py --input=
 UNITS = {"char": "characters", "byte": "bytes"}
 
 
-def read_options(argv):
-    """`argv` → (config, the known corpus that it asks for or None)."""
+def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
+    """Read a command line into options, and the known corpus that it names or None.
+
+    Raises:
+        UserError: an option is wrong, missing, or differs from what a known corpus fixes.
+    """
     names, flags = read_args(argv, PrepareConfig, __doc__)
     config = PrepareConfig(**flags)
     if len(names) > 1:
@@ -29,16 +34,11 @@ def read_options(argv):
     if not names:
         check_own_text(config)
         return config, None
-    if names[0] not in CORPORA:
-        hint = f"the known ones are {', '.join(CORPORA)}"
-        if Path(names[0]).is_file():
-            hint = f"to prepare that file, `python prepare.py --input={names[0]} --dataset=<a name for it>`"
-        raise UserError(f"{names[0]} is not a known corpus; {hint}{did_you_mean(names[0], CORPORA)}")
-    corpus = CORPORA[names[0]]
+    corpus = known_corpus(names[0])
     fixed = {
         "dataset": corpus.name,
         "tokenizer": corpus.tokenizer,
-        "documents": "lines" if corpus.documents else "none",
+        "documents": "lines" if corpus.is_documents else "none",
     }
     for key, value in fixed.items():
         if flags.get(key, value) != value:
@@ -49,14 +49,25 @@ def read_options(argv):
     return config, corpus
 
 
-def check_own_text(config):
+def known_corpus(name: str) -> Corpus:
+    """The known corpus called `name`; a UserError suggests what else was meant."""
+    if name in CORPORA:
+        return CORPORA[name]
+    hint = f"the known ones are {', '.join(CORPORA)}"
+    if Path(name).is_file():
+        hint = f"to prepare that file, `python prepare.py --input={name} --dataset=<a name for it>`"
+    raise UserError(f"{name} is not a known corpus; {hint}{did_you_mean(name, CORPORA)}")
+
+
+def check_own_text(config: PrepareConfig) -> None:
+    """Raise a UserError unless --input and --dataset say how to prepare the user's own text."""
     if not config.input and not config.dataset:
-        raise UserError(f"what should be prepared? {USAGE}")
+        raise UserError(f"no corpus and no --input given; use {USAGE}")
     if not config.input:
-        known = f"`python prepare.py {config.dataset}`" if config.dataset in CORPORA else "--input=FILE"
-        raise UserError(f"--dataset={config.dataset}: of which text? give {known}")
+        fix = f"use `python prepare.py {config.dataset}`" if config.dataset in CORPORA else "add --input=FILE"
+        raise UserError(f"--dataset={config.dataset}: no --input given; {fix}")
     if not config.dataset:
-        raise UserError(f"--input={config.input}: give a name for the dataset too, as in --dataset=mine")
+        raise UserError(f"--input={config.input}: no name given for the dataset; add one, as in --dataset=mine")
     if config.dataset in CORPORA:
         raise UserError(
             f"--dataset={config.dataset} is the name of a known corpus; choose another, "
@@ -66,9 +77,10 @@ def check_own_text(config):
         raise UserError(f"--dataset={config.dataset}: a folder's name takes letters, digits and - _ . only, as in mine")
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Prepare the text that `argv` names, and say what was written."""
     config, corpus = read_options(argv)
-    from quill.data.token_files import prepare, prepare_corpus  # numpy, which --help and the errors above do without
+    from quill.data.token_files import prepare, prepare_corpus  # imports numpy, which --help does not need
 
     if corpus:
         folder, meta = Path(config.data_dir) / corpus.name, prepare_corpus(corpus, config.data_dir, config.input)
@@ -78,8 +90,8 @@ def main(argv):
     report(folder, meta, config.data_dir)
 
 
-def report(folder, meta, data_dir):
-    """Say what was written and what to do next."""
+def report(folder: Path, meta: dict[str, Any], data_dir: str) -> None:
+    """Print what was written to `folder`, whose meta.json holds `meta`, and the command that trains on it."""
     name, kind, ids = folder.name, meta["tokenizer"]["kind"], meta["tokenizer"].get("chars", range(256))
     for split, values in meta["splits"].items():
         print(f"{split + ':':12}{values['tokens']:,} tokens")

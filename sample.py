@@ -1,35 +1,39 @@
-"""Write text with a trained model, or score one. A checkpoint is all that it needs; nanoGPT's ckpt.pt opens too.
+"""Write text with a trained model, or show how likely a model finds a text. A checkpoint is all that it needs.
 
-python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
-python sample.py --ckpt=out/names/last.pt --temperature=0.5 --top_p=0.9
-python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt --max_new_tokens=1000
-python sample.py --out_dir=out/names --score=anna
+    python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
+    python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt --max_new_tokens=1000
+    python sample.py --ckpt=out/names/last.pt --temperature=0.5 --top_p=0.9    # nanoGPT's ckpt.pt works too
+    python sample.py --out_dir=out/names --score=anna
 
---score shows, for each token of a text, what the model expected and what the token's loss is; then the total. Documents
-are scored line by line, with their ends; the first character of a stream as what follows a newline (quill/scoring.py).
+--score prints a row for each token of a text: what the model expected, and the token's loss; then the totals. A model
+of documents scores each line and its end. Any other model scores the text as if it followed a newline.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from model import GPT
 from quill import checkpoint, cpu, scoring
 from quill.cli import read_args, run
 from quill.data.batches import derive_seed
 from quill.data.token_files import open_dataset
-from quill.data.tokenizers import from_json
+from quill.data.tokenizers import Tokenizer, from_json
 from quill.errors import UserError
 from quill.generation import stream_tokens
-from quill.machine import memory_limits, pick_machine
+from quill.machine import Machine, memory_limits, pick_machine
 from quill.options import SampleConfig
 
-DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that a score does not have
-COLDEST = 1e-6  # temperature of a score: below it, logits / temperature may be too large for float32
+DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that --score does not take
+COLDEST = 1e-6  # lowest temperature of --score: below it, logits / temperature may be too large for float32
 
 
-def read_options(argv):
-    """`argv` → (config, whether a text is to be scored)."""
+def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
+    """Read a command line into options, and whether it asks for a score. A UserError says what is wrong with it."""
     positional, flags = read_args(argv, SampleConfig, __doc__)
     if positional:
         raise UserError(f"{positional[0]}: options are written --key=value (see --help)")
@@ -39,15 +43,15 @@ def read_options(argv):
         return SampleConfig(**flags), False
     if drawing := [f"--{key}" for key in DRAWING if key in flags]:
         raise UserError(f"--score and {', '.join(drawing)} don't go together: a score draws no text")
-    # 0.8 is for drawing; at 1, the losses are those of training.
-    config = SampleConfig(**({"temperature": 1.0} | flags))
+    defaults: dict[str, Any] = {"temperature": 1.0}  # the losses are then those of training
+    config = SampleConfig(**(defaults | flags))
     if config.temperature < COLDEST:
         raise UserError(f"--temperature={config.temperature}: must be at least {COLDEST} with --score")
     return config, True
 
 
-def find_checkpoint(config):
-    """`--ckpt`, else out_dir's best.pt, last.pt, or nanoGPT's ckpt.pt."""
+def find_checkpoint(config: SampleConfig) -> Path:
+    """The path of the checkpoint: --ckpt, else out_dir's best.pt, last.pt, or nanoGPT's ckpt.pt."""
     if config.ckpt:
         return Path(config.ckpt)
     names = ("best.pt", "last.pt", "ckpt.pt")
@@ -57,8 +61,12 @@ def find_checkpoint(config):
     raise UserError(f"--out_dir={config.out_dir}: holds none of {', '.join(names)}; train a run first, or give --ckpt")
 
 
-def find_tokenizer(state, config, path):
-    """The checkpoint's own; nanoGPT keeps it with the dataset, so there it is the one of the dataset prepared here."""
+def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path) -> Tokenizer:
+    """The tokenizer of the checkpoint `state`, which was loaded from `path`.
+
+    nanoGPT's checkpoints have none, because nanoGPT keeps it with the dataset. For them, the dataset of the same name
+    in --data_dir is opened.
+    """
     if state["tokenizer"] is not None:
         return from_json(state["tokenizer"])
     name = state["config"]["dataset"]
@@ -73,8 +81,8 @@ def find_tokenizer(state, config, path):
     return tokenizer
 
 
-def read_text(key, value):
-    """The text of an option such as `--start`: its value, or what is in the file that it names."""
+def read_text(key: str, value: str) -> str:
+    """The text of an option such as --start: its value, or the content of the file in --start=FILE:NAME."""
     if not value.startswith("FILE:"):
         return value
     path = Path(value.removeprefix("FILE:"))
@@ -86,14 +94,43 @@ def read_text(key, value):
         raise UserError(f"--{key}={value}: {error.strerror}") from None
 
 
-def as_given(key, value):
-    """`--key=value` for a message: on one line, whatever the text."""
+def as_given(key: str, value: str) -> str:
+    """Quote --key=value in a message: on one line whatever the text, and shortened if it is long."""
     value = value if value.isprintable() else repr(value)[1:-1]
     return f"--{key}={value if len(value) <= 80 or value.startswith('FILE:') else value[:79] + '…'}"
 
 
-def sample(model, tokenizer, prompt, config, machine, write):
-    """Draw config.num_samples texts at once, and `write` them: the first token by token, the others at the end.
+def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path: Path) -> tuple[str, np.ndarray, int]:
+    """Read the text of --score or --start and encode it.
+
+    Returns:
+        The text, its ids (T,) and its number of characters. With --score, ids and characters are those that
+        quill/scoring.py counts.
+
+    Raises:
+        UserError: there is nothing to score, or the vocabulary of the checkpoint `path` lacks a character.
+    """
+    key = "score" if is_score else "start"
+    value = getattr(config, key)
+    text, given = read_text(key, value), as_given(key, value)
+    if is_score and not scoring.split_documents(text, tokenizer):
+        raise UserError(f"{given}: there is no text to score")
+    try:
+        ids, characters = scoring.encode(text, tokenizer) if is_score else (tokenizer.encode(text), len(text))
+    except UserError as error:
+        raise UserError(f"{given}: {error}; {path} knows the characters of its training text") from None
+    return text, ids, characters
+
+
+def sample(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    config: SampleConfig,
+    machine: Machine,
+    write: Callable[[str], None],
+) -> None:
+    """Draw config.num_samples texts at once. The first is written token by token, the others when all are done.
 
     write: called with each piece of text.
     """
@@ -124,35 +161,37 @@ def sample(model, tokenizer, prompt, config, machine, write):
         write(prompt + tokenizer.decode(row) + separator)
 
 
-def write(text):
+def print_score(
+    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, characters: int, config: SampleConfig, machine: Machine
+) -> None:
+    """Print how likely the model finds `ids` (T,): a table line by line, or with --json one JSON object."""
+    rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)
+    lines = [scoring.to_json(rows, characters)] if config.json else scoring.table(rows, tokenizer, characters)
+    for line in lines:
+        print(line)
+
+
+def write_at_once(text: str) -> None:
+    """Write `text` to stdout without waiting for the end of the line."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def main(argv):
-    config, scores = read_options(argv)
+def main(argv: list[str]) -> None:
+    """Write samples of the model that `argv` names, or the score of a text."""
+    config, is_score = read_options(argv)
     path = find_checkpoint(config)
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
-    key = "score" if scores else "start"
-    text, given = read_text(key, getattr(config, key)), as_given(key, getattr(config, key))
-    if scores and not scoring.documents(text, tokenizer):
-        raise UserError(f"{given}: there is no text to score")
-    try:
-        ids, characters = scoring.encode(text, tokenizer) if scores else (tokenizer.encode(text), len(text))
-    except UserError as error:
-        raise UserError(f"{given}: {error}; {path} knows the characters of its training text") from None
+    text, ids, characters = encode_text(tokenizer, config, is_score, path)
     machine = pick_machine(config)
     with memory_limits(machine):
-        # The weights themselves in half precision: reading them is most of the work of drawing a token.
+        # The weights themselves are converted to half precision: most of the time per token goes into reading them.
         model = cpu.speed_up(checkpoint.load_model(state, path).to(machine.device, machine.dtype))
-        if not scores:
-            sample(model, tokenizer, text, config, machine, write)
-            return
-        rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)
-        lines = [scoring.to_json(rows, characters)] if config.json else scoring.table(rows, tokenizer, characters)
-        for line in lines:
-            print(line)
+        if is_score:
+            print_score(model, tokenizer, ids, characters, config, machine)
+        else:
+            sample(model, tokenizer, text, config, machine, write_at_once)
 
 
 if __name__ == "__main__":

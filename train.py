@@ -24,7 +24,7 @@ from model import GPT
 from quill import checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import Batches, derive_seed
-from quill.data.token_files import Dataset, ensure, open_dataset
+from quill.data.token_files import Dataset, open_dataset, prepare_if_missing
 from quill.describe import describe
 from quill.distributed import ProcessGroup, parallelize
 from quill.errors import UserError
@@ -45,7 +45,7 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     """
     step, model, scaler, group = state.progress.step, state.train_model, state.scaler, machine.group
     machine.seed(derive_seed("dropout", config.seed, step, group.rank))
-    total, micro_batches = batches.step(step)
+    total, micro_batches = batches.global_batch(step)
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
         # DDP averages the gradients over the ranks: do it once, after the last micro-batch.
@@ -153,7 +153,7 @@ class Data:
 def open_data(config: TrainConfig, machine: Machine) -> Data:
     """Prepare the dataset if it is a known corpus, and open it. A UserError if it does not fit the options."""
     group = machine.group
-    group.on_rank_0(ensure, config.dataset, config.data_dir)
+    group.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
     dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
     if rows % group.world_size:
@@ -169,7 +169,7 @@ def open_data(config: TrainConfig, machine: Machine) -> Data:
                 f"--block_size={config.block_size}: use a smaller one or a longer text"
             )
         settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
-        settings |= {"device": machine.device, "rank": group.rank, "world": group.world_size}
+        settings |= {"device": machine.device, "rank": group.rank, "world_size": group.world_size}
         batches.append(Batches(tokens, bos, config.block_size, **settings))
     return Data(dataset, *batches)
 

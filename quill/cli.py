@@ -1,11 +1,13 @@
-"""A command line and a config file, read into checked options. Precedence: defaults < config file < flags.
+"""Read a command line and a config file into checked options, and run a script so that errors are one line.
 
-Every key is checked for existence and type wherever it comes from, and everything that is wrong ends as one line.
+Precedence: defaults < config file < flags. Every key is checked for existence and type, in flags and files alike. The
+options themselves are in quill/options.py. This module imports the standard library only, so `--help` is fast.
 """
 
 import ast
 import difflib
 import inspect
+import io
 import os
 import runpy
 import signal
@@ -13,8 +15,10 @@ import sys
 import traceback
 import types
 import typing
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 from quill.errors import UserError
 from quill.options import RETIRED, Checked
@@ -22,13 +26,17 @@ from quill.options import RETIRED, Checked
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 
 
-def run(main):
-    """Run `main(argv) → exit code or None` as a script. What the user can cause: one line on stderr, exit code 2."""
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run `main(argv)` as a script, and exit with the code that it returns (None is 0).
+
+    A UserError or an OSError becomes one line on stderr and exit code 2. Ctrl-C exits with 130, without a traceback.
+    """
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
     for stream in (sys.stdout, sys.stderr):
-        # Whatever the locale says: a corpus may hold any character.
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            # A corpus may hold any character, and the locale's encoding may not.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -38,7 +46,7 @@ def run(main):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Python flushes stdout again on its way out: give it a place to go.
+        # The reader (`| head`) has closed the pipe. Python flushes stdout again when it exits, which would fail.
         drop_output()
         code = 0
     except OSError as error:
@@ -47,29 +55,35 @@ def run(main):
     sys.exit(code)
 
 
-def note(text):
-    """A line on stderr. Of several processes, which share their errors, one speaks."""
+def note(text: str) -> None:
+    """Print a line on stderr; with several processes, on rank 0 only, because all of them have the same line."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
-def drop_output():
-    """Send stdout to nowhere from here on."""
+def drop_output() -> None:
+    """Discard everything that is written to stdout from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def read_args(argv, schema, doc):
-    """`argv` → (positional arguments, {key: value} of the flags), checked against `schema`.
+def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[list[str], dict[str, Any]]:
+    """Split a command line into positional arguments and flags, which are checked against `schema`.
 
-    `--help` prints `doc` and the options, and exits 0. A bare `--flag` means True for a bool; `--key=` leaves a number
-    as it is.
+    A flag is written --key=value. `--key` alone means True for a bool. `--key=` leaves a number at its default.
+    `--help` prints `doc` and the options, and exits with code 0.
+
+    Returns:
+        The positional arguments, and {key: value} of the flags.
+
+    Raises:
+        UserError: an option does not exist, or its value has the wrong type.
     """
     positional, flags, types_ = [], {}, option_types(schema)
-    # Retired keys come last, here and in files: `decay_lr = False` switches the warm-up off wherever the two stand.
+    # Retired keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
     argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in RETIRED.get(schema, {}))
     for arg in argv:
         if arg in ("-h", "--help"):
-            print(help_text(schema, doc))
+            print(help_text(schema, doc or ""))
             sys.exit(0)
         if not arg.startswith("-"):
             positional.append(arg)
@@ -84,41 +98,51 @@ def read_args(argv, schema, doc):
             text = "True"
         if equals and not text and types_.get(key) in (int, float):
             continue
-        flags.update(check(key, text, schema, f"{arg}: "))
+        flags.update(resolve_option(key, text, schema, f"{arg}: "))
     return positional, flags
 
 
-def read_config_file(path, schema):
-    """The assignments of a config file → {key: value}, checked against `schema`.
+def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
+    """Run a config file and return the options that it assigns, checked against `schema`.
 
-    It runs in a namespace of its own; names with a leading underscore, modules and functions are its own business.
+    The file runs in a new namespace. Names with a leading underscore, modules and functions are not options.
+
+    Raises:
+        UserError: names the file and the line of what is wrong.
     """
-    path = Path(path)
-    if not path.is_file() and (CONFIG_DIR.parent / path).is_file():
-        path = CONFIG_DIR.parent / path  # named as in README, from another folder
-    if not path.is_file():
-        known = [str(Path("config") / p.relative_to(CONFIG_DIR)) for p in config_files()]
-        guess = did_you_mean(str(path), known) or did_you_mean(f"config/{path}.py", known)
-        raise UserError(f"{path}: no such config file{guess}; `python train.py` lists them")
+    path = _find_config_file(Path(path))
     try:
         names = runpy.run_path(str(path))
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        line = next(
-            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "?"
-        )
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     values = {}
     for key, value in sorted(names.items(), key=lambda item: item[0] in RETIRED.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
-        values.update(check(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
+        values.update(resolve_option(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
     return values
 
 
-def check(key, value, schema, where):
-    """One key and its value → the options that it sets: {key: checked value}, or what a retired key stands for."""
+def _find_config_file(path: Path) -> Path:
+    """`path`, or the file in quill's own folder if `path` does not exist here; README's names then work anywhere."""
+    ours = CONFIG_DIR.parent / path
+    for found in (path, ours):
+        if found.is_file():
+            return found
+    known = [str(Path("config") / p.relative_to(CONFIG_DIR)) for p in config_files()]
+    guess = did_you_mean(str(path), known) or did_you_mean(f"config/{path}.py", known)
+    raise UserError(f"{path}: no such config file{guess}; `python train.py` lists them")
+
+
+def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> dict[str, Any]:
+    """Return the options that one key sets: {key: checked value}, or the replacement of a retired key.
+
+    where: the start of an error message, such as "--n_layer=x: ".
+    """
     types_ = option_types(schema)
     if key in types_:
         return {key: coerce(value, types_[key], where, key)}
@@ -135,8 +159,15 @@ def check(key, value, schema, where):
     return becomes
 
 
-def coerce(value, kind, where, key):
-    """`value`, from a flag (text) or a config file (anything), as `kind`: `1e3` is a fine int, `1` a fine float."""
+def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
+    """Convert `value`, a flag's text or any value of a config file, to the type `kind` of an option.
+
+    Numbers are converted where nothing is lost: "1e3" to the int 1000, "1" to the float 1.0. `T | None` takes "" and
+    "none" as None. A Literal takes its members only.
+
+    Raises:
+        UserError: `where` (the start of the message), `key`, and the values that the option takes.
+    """
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         for choice in choices:
@@ -154,41 +185,55 @@ def coerce(value, kind, where, key):
         return value
     if kind is bool and _as_bool(value) is not None:
         return _as_bool(value)
-    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        for number in (int, float):
-            try:
-                value = number(value) if isinstance(value, str) else value
-            except ValueError:
-                continue
-            if kind is float:
-                return float(value)
-            if value == value and abs(value) != float("inf") and int(value) == value:
-                return int(value)
+    if kind in (int, float) and (number := _as_number(value, kind)) is not None:
+        return number
     wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes"}[kind]
     raise UserError(f"{where}{key} takes {wanted}, not {value!r}")
 
 
-def _as_bool(value):
+def _as_number(value: Any, kind: type) -> int | float | None:
+    """`value` as an int or a float; None if it is not a number, or has a fraction where an int is wanted."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    for parse in (int, float):  # int first: a float would round large ones
+        try:
+            number = parse(value) if isinstance(value, str) else value
+            if kind is float:
+                return float(number)
+        except (ValueError, OverflowError):
+            continue
+        if number == number and abs(number) != float("inf") and int(number) == number:
+            return int(number)
+    return None
+
+
+def _as_bool(value: Any) -> bool | None:
     return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
 
 
-def option_types(schema: type[Checked]) -> dict[str, typing.Any]:
+def option_types(schema: type[Checked]) -> dict[str, Any]:
+    """The type of every option of `schema`, by name."""
     hints = typing.get_type_hints(schema)
-    return {f.name: hints[f.name] for f in fields(schema)}
+    return {f.name: hints[f.name] for f in _fields(schema)}
 
 
-def did_you_mean(word, known):
+def _fields(schema: type[Checked]) -> tuple[Field[Any], ...]:
+    return fields(schema)  # pyright: ignore[reportArgumentType]  # every subclass of Checked is a dataclass
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The hint " (did you mean X?)" for the closest of `known`, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def config_files():
-    """The run files that ship with quill, in the order of their names."""
+def config_files() -> list[Path]:
+    """The configs that ship with quill, sorted by name."""
     return sorted(p for p in CONFIG_DIR.rglob("*.py") if not p.name.startswith("_"))
 
 
-def list_configs():
-    """One line for each shipped config: its path and the first line of its docstring."""
+def list_configs() -> str:
+    """One line for each config that ships with quill: its path and the first line of its docstring."""
     rows = []
     for path in config_files():
         try:
@@ -200,14 +245,14 @@ def list_configs():
     return "\n".join(f"  {name:{width}}  {doc}" for name, doc in rows)
 
 
-def help_text(schema, doc):
-    """`doc`, then every option of `schema` by group: name, default, help."""
+def help_text(schema: type[Checked], doc: str) -> str:
+    """What `--help` prints: `doc`, then each group of `schema` with a line per option (name, default, help)."""
     lines = [doc.strip(), ""]
     hints = option_types(schema)
     for group in reversed(schema.__mro__):
-        own = [f for f in fields(schema) if f.name in inspect.get_annotations(group)]
+        own = [f for f in _fields(schema) if f.name in inspect.get_annotations(group)]
         if own:
-            lines.append(f"{(group.__doc__ or '').strip()}:")
+            lines.append(f"{vars(group)['HEADING']}:")
         for f in own:
             kind = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is typing.Literal else ()
             choices = f" ({' | '.join(str(c) for c in kind)})" if kind else ""
@@ -217,14 +262,15 @@ def help_text(schema, doc):
     return "\n".join(lines).rstrip()
 
 
-def describe_default(schema, key):
-    default = next(f.default for f in fields(schema) if f.name == key)
+def describe_default(schema: type[Checked], key: str) -> str:
+    """An option's default as it is written in a flag; "" for None."""
+    default = next(f.default for f in _fields(schema) if f.name == key)
     assert default is not MISSING, f"{key} has no default"
     return "" if default is None else str(default)
 
 
-def _line_of(key, path):
-    """The line on which a config file last assigns `key`."""
+def _line_of(key: str, path: Path) -> int | str:
+    """The number of the line on which a config file last assigns `key`; "?" if none does so by name."""
     lines = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -22,7 +22,7 @@ def describe(config: TrainConfig, vocab_size: int, batches: Batches) -> str:
     state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
     weights = model.num_params() * (3 if config.ema_decay else 2)
     epoch = batches.rows_per_epoch / batches.rows
-    in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.documents[1].sum()
+    in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.document_rows[1].sum()
     tokens = in_epoch / epoch
     flops = model.flops_per_token()
     return "\n".join(

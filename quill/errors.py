@@ -1,5 +1,5 @@
-"""The one exception that means "the user can mend this": a single line, no traceback, exit code 2."""
+"""The exception for every mistake that a user can make. quill/cli.py prints it as one line and exits with code 2."""
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and the command or flag that mends it, in one line."""
+    """One line that says what is wrong, where it is, and which flag or command fixes it."""

@@ -176,7 +176,7 @@ def compile_model(model: nn.Module, batches: Batches, option: bool | str, machin
     """
     if not (machine.device.type == "cuda" if option == "auto" else option):
         return model
-    x, y, _ = batches.step(0)[1][0]
+    x, y, _ = batches.global_batch(0)[1][0]
     try:
         compiled = torch.compile(model)
         with machine.autocast():

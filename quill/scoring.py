@@ -1,59 +1,73 @@
-"""How likely a model finds a text: text → token ids → a row for each token → a table, or JSON.
+"""How likely a model finds a text: a row for each token, as a table or as JSON.
 
-Options, checkpoints and messages are sample.py's. What is predicted from what is as in validation, by the same code
-(quill/data/batches.py), so that the total is what the training loss says of that text:
+The code of validation (quill/data/batches.py) decides what is predicted from what, so the total is the loss that
+training would report for the text:
 
-    documents   every line that is not blank is a document, `BOS a n n a BOS`, and the BOS that ends it is predicted too
-    a stream    the first token is predicted from what sampling with an empty prompt starts from, which is a newline
-                (where the vocabulary has none, its first character); so a single character has a score as well
+    documents   Every line that is not blank is a document, `BOS a n n a BOS`. The BOS that ends it is predicted too.
+    a stream    The first token is predicted from a newline, as in sampling with an empty prompt. If the vocabulary has
+                no newline, its first character takes its place. So a single character has a score too.
 
-A text longer than a block is cut into windows that do not overlap, and the context starts anew in each of them.
+A text longer than block_size is cut into windows that do not overlap. The first token of a window is predicted from
+the one token before it. Options, checkpoints and error messages are left to sample.py.
+
+Shapes: N tokens that are predicted, B windows in a batch, T tokens in a window, V = vocab_size.
 """
 
 import json
 import math
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from model import GPT
 from quill.data.batches import Batches
-from quill.data.token_files import joined
+from quill.data.token_files import join_documents
+from quill.data.tokenizers import Tokenizer
 from quill.errors import UserError
 
-CONTEXT_WIDTH = 20  # columns of context in a row
-SHOWN = 5  # likeliest tokens in a row
-START, END = "<start>", "<end>"  # BOS, as it is shown before a document and after it
+CONTEXT_WIDTH = 20  # columns for the context
+SHOWN = 5  # number of likeliest tokens in a row
+START, END = "<start>", "<end>"  # how BOS is shown: before a document, and after it
 
 
 @dataclass(frozen=True)
 class Row:
-    """A token, and what the model expected in its place. Texts are as `readable` shows them."""
+    """A token of the text, and what the model expected in its place. Texts are as `readable` shows them."""
 
-    context: str  # the tail of what the model sees
+    context: str  # the end of what the model sees
     likeliest: list[tuple[str, float]]  # tokens and their probabilities, the likeliest first
-    token: str  # the one that came,
-    probability: float
-    loss: float  # and -ln of its probability: nats
+    token: str  # the token of the text
+    probability: float  # its probability
+    loss: float  # -ln of its probability, in nats
 
 
-def documents(text, tokenizer):
-    """The texts in `text` that begin anew: its lines, as `prepare.py --documents=lines` has them, or all of a stream.
+def split_documents(text: str, tokenizer: Tokenizer) -> list[str]:
+    """Split `text` into its documents, which are the lines that are not blank. A stream is one document.
 
-    Empty if there is nothing to score.
+    The list is empty if there is nothing to score.
     """
-    return list(filter(str.strip, text.split("\n"))) if tokenizer.documents else list(filter(None, [text]))
+    if tokenizer.is_documents:
+        return [line for line in text.split("\n") if line.strip()]
+    return [text] if text else []
 
 
-def encode(text, tokenizer):
-    """`text` → ids (N,) uint32, all but the first to be predicted and for documents one BOS behind them; characters.
+def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """Encode `text` for `score`.
 
-    A document's end counts as a character, the newline that BOS stands for: with a token for each character, bits per
-    character are then the mean loss / ln 2. A UserError says what the vocabulary lacks.
+    Returns:
+        The ids, uint32, and the number of characters. The first id is context only. The final BOS of documents is not
+        among the ids, because `Batches` adds it. The end of a document counts as a character, the newline that BOS
+        replaces; with a token per character, bits per character are then the mean loss / ln 2.
+
+    Raises:
+        UserError: names the characters that the vocabulary lacks.
     """
-    if tokenizer.documents:
-        text = joined(documents(text, tokenizer))
+    if tokenizer.is_documents:
+        text = join_documents(split_documents(text, tokenizer))
         ids = tokenizer.encode(text)
     else:
         ids = np.concatenate([tokenizer.prompt(""), tokenizer.encode(text)])
@@ -61,19 +75,23 @@ def encode(text, tokenizer):
 
 
 @torch.inference_mode()
-def score(model, tokenizer, ids, temperature, device):
-    """`ids` as from `encode` → yields a Row for each token. Dropout is off from here on.
+def score(model: GPT, tokenizer: Tokenizer, ids: np.ndarray, temperature: float, device: torch.device) -> Iterator[Row]:
+    """Yield a Row for each token of `ids`, which `encode` made.
 
-    Probabilities are of logits / temperature, in float32 whatever the model computes in.
+    Probabilities are the softmax of logits / temperature, in float32 whatever the model computes in. The model stays
+    in evaluation mode.
+
+    Raises:
+        UserError: the logits are not finite.
     """
     model.eval()
     batches = Batches(ids, tokenizer.bos, model.config.block_size, rows=1, micro_rows=1, seed=0, device=device)
     names = token_names(tokenizer)
     for x, y, _ in batches.validation():
         used = y != -1  # (B, T)
-        longest = int(used.sum(1).max())  # texts are often shorter than a block: the rest is padding
+        longest = int(used.sum(1).max())  # texts are often shorter than a block; the rest is padding
         x, y, used = x[:, :longest], y[:, :longest], used[:, :longest]
-        logits = model(x)[0][used].float()  # (N, V), of the N tokens that are predicted
+        logits = model(x)[0][used].float()  # (N, V)
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         logprobs = logits.log_softmax(dim=-1)
         losses = -logprobs.gather(1, y[used][:, None])[:, 0]
@@ -87,13 +105,13 @@ def score(model, tokenizer, ids, temperature, device):
             yield Row(context_tail(context, tokenizer), likeliest, names[token], math.exp(-loss), loss)
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float:
     """e to the power of a loss in nats; inf where that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def totals(losses, characters):
-    """The sum of `losses` in nats, and what it is a token and a character."""
+def totals(losses: list[float], characters: int) -> dict[str, float]:
+    """Sum up the `losses` of a text's tokens (nats): total, mean per token, perplexity, bits per character."""
     total, mean = math.fsum(losses), math.fsum(losses) / len(losses)
     return {
         "tokens": len(losses),
@@ -105,14 +123,14 @@ def totals(losses, characters):
     }
 
 
-# ---------------------------------------------------------------- to be read
+# ---------------------------------------------------------------- output
 
 
-def readable(text, bos=None):
-    """A list with a string for each character of `text`, so that it is seen and takes columns of its own.
+def readable(text: str, bos: str | None = None) -> list[str]:
+    """Make every character of `text` visible: a list with a string for each.
 
-    A space is ␣. Control characters, combining marks and bytes that are no character ("surrogateescape") are escaped.
-    bos: what a newline is shown as, where it is a document's edge.
+    A space is ␣. Control characters, combining marks and bytes that are not UTF-8 (decoded with "surrogateescape")
+    are escaped. bos: what is shown for a newline, where a newline is the edge of a document.
     """
     cells = []
     for char in text:
@@ -128,16 +146,16 @@ def readable(text, bos=None):
     return cells
 
 
-def token_names(tokenizer):
-    """Every token as it is shown, by id. → (V,)"""
-    end = END if tokenizer.documents else None
+def token_names(tokenizer: Tokenizer) -> list[str]:
+    """How each token is shown, by id: a list of V strings."""
+    end = END if tokenizer.is_documents else None
     return ["".join(readable(tokenizer.decode([i], "surrogateescape"), end)) for i in range(tokenizer.vocab_size)]
 
 
-def context_tail(ids, tokenizer):
-    """The end of a context, at most CONTEXT_WIDTH columns wide, with … before it where it is shortened."""
-    ids = ids[-4 * (CONTEXT_WIDTH + 1) :]  # a character has up to 4 bytes: this is more than is shown
-    cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.documents else None)
+def context_tail(ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
+    """The end of a context, at most CONTEXT_WIDTH columns wide; it starts with … if it is shortened."""
+    ids = ids[-4 * (CONTEXT_WIDTH + 1) :]  # a character has up to 4 bytes, so this is more than is shown
+    cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.is_documents else None)
     if sum(map(width, cells)) <= CONTEXT_WIDTH:
         return "".join(cells)
     while sum(map(width, cells)) > CONTEXT_WIDTH - 1:
@@ -145,22 +163,23 @@ def context_tail(ids, tokenizer):
     return "…" + "".join(cells)
 
 
-def width(text):
-    """Columns that `text` takes on a terminal: Chinese, Japanese and Korean characters take two."""
+def width(text: str) -> int:
+    """Columns that `text` takes on a terminal; Chinese, Japanese and Korean characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def pad(text, columns):
+def pad(text: str, columns: int) -> str:
+    """Right-align `text` in a field of `columns` columns."""
     return " " * (columns - width(text)) + text
 
 
-def table(rows, tokenizer, characters):
-    """Yields the lines of a table, one for each of `rows` as it comes, and the totals below them."""
+def table(rows: Iterable[Row], tokenizer: Tokenizer, characters: int) -> Iterator[str]:
+    """Yield the lines of a table: a header, a line for each of `rows` as soon as it is known, then the totals."""
     token = max(map(width, token_names(tokenizer)))
     likeliest = f"the {SHOWN} likeliest next tokens, with probabilities"
     middle = max(len(likeliest), min(SHOWN, tokenizer.vocab_size) * (token + 8) - 2)
-    came = max(token, len("token"))
-    yield f"{'context':>{CONTEXT_WIDTH}}  {likeliest:{middle}}  {'token':>{came}}  {'prob.':>6}  {'loss':>7}"
+    last = max(token, len("token"))
+    yield f"{'context':>{CONTEXT_WIDTH}}  {likeliest:{middle}}  {'token':>{last}}  {'prob.':>6}  {'loss':>7}"
     losses = []
     for row in rows:
         losses.append(row.loss)
@@ -168,9 +187,9 @@ def table(rows, tokenizer, characters):
         cells += " " * (middle - width(cells))
         p = row.probability
         p = f"{p:.4f}" if p >= 5e-5 else f"{p:.0e}"
-        yield f"{pad(row.context, CONTEXT_WIDTH)}  {cells}  {pad(row.token, came)}  {p:>6}  {row.loss:7.3f}"
+        yield f"{pad(row.context, CONTEXT_WIDTH)}  {cells}  {pad(row.token, last)}  {p:>6}  {row.loss:7.3f}"
     values = totals(losses, characters)
-    ends = f", the end of a document ({END}) being one" if tokenizer.documents else ""
+    ends = f", counting the end ({END}) of each document" if tokenizer.is_documents else ""
     yield ""
     yield f"{'total loss':20}{values['total_loss']:.4f} nats over {values['tokens']:,} tokens"
     yield f"{'mean loss':20}{values['mean_loss']:.4f} nats a token"
@@ -178,12 +197,12 @@ def table(rows, tokenizer, characters):
     yield f"{'bits per character':20}{values['bits_per_character']:.4f} over {characters:,} characters{ends}"
 
 
-def to_json(rows, characters):
-    """One JSON object: the totals, and `rows`. A perplexity too large for a number is null."""
-    rows = [asdict(row) for row in rows]
-    for row in rows:
+def to_json(rows: Iterable[Row], characters: int) -> str:
+    """Make one JSON object of the totals and `rows`. A perplexity that is too large for a float is null."""
+    objects = [asdict(row) for row in rows]
+    for row in objects:
         row["likeliest"] = [{"token": name, "probability": p} for name, p in row["likeliest"]]
-    values = totals([row["loss"] for row in rows], characters)
+    values: dict[str, Any] = totals([row["loss"] for row in objects], characters)
     if math.isinf(values["perplexity"]):
         values["perplexity"] = None
-    return json.dumps(values | {"rows": rows}, ensure_ascii=False, allow_nan=False)
+    return json.dumps(values | {"rows": objects}, ensure_ascii=False, allow_nan=False)

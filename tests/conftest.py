@@ -1,5 +1,6 @@
-"""Small datasets, prepared once, and a run of a few seconds on them."""
+"""Fixtures: two small datasets, prepared once per session, and the flags of a run that takes less than a second."""
 
+import os
 import random
 
 import pytest
@@ -25,17 +26,21 @@ TINY = {
     "device": "cpu",
     "dtype": "float32",
 }
+ALICE = "Alice was beginning to get very tired of sitting by her sister on the bank.\n" * 20
+needs_corpora = pytest.mark.skipif(
+    "QUILL_CORPORA" not in os.environ, reason="QUILL_CORPORA is not set to a folder with the real texts"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Models this small gain nothing from a second thread, and on a busy machine threads wait for each other."""
+    """Use one thread: small models gain nothing from a second one, and on a busy machine threads wait."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    """A test that takes it runs on the CPU and, where there is one, on a GPU."""
+    """Run the test on the CPU and, if there is one, on a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA here")
     return torch.device(request.param)
@@ -43,23 +48,35 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A folder with two datasets: `prose`, a stream, and `words`, documents."""
+    """A folder with two datasets: `prose` is a stream, `words` is a set of documents."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(600)]
-    for name, text, documents in (("prose", " ".join(words), False), ("words", "\n".join(words), True)):
+    for name, text, is_documents in (("prose", " ".join(words), False), ("words", "\n".join(words), True)):
         source = folder / f"{name}.txt"
         source.write_text(text, encoding="utf-8")
-        token_files.prepare(source, folder / name, "char", documents, name)
+        token_files.prepare(source, folder / name, "char", is_documents, name)
     return folder
 
 
 @pytest.fixture
 def flags(data_dir, tmp_path):
-    """Flags of a tiny run: `flags(n_layer=1)` → a list for train.main."""
+    """A function that makes the flags of a tiny run for train.main, as in flags(n_layer=1)."""
 
     def make(**options):
         options = TINY | {"data_dir": data_dir, "out_dir": tmp_path / "run"} | options
         return [f"--{key}={value}" for key, value in options.items()]
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a text or bytes to a file in tmp_path, and returns its path."""
+
+    def write(text, name="text.txt"):
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write

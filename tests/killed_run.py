@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch._dynamo  # noqa: E402, F401 - once here, and not in every child
+
 import train  # noqa: E402
 
 
@@ -33,7 +35,7 @@ def child(flags, dies_at_write):
         fsync(descriptor)
 
     os.fsync = counted
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         os._exit(train.main(flags))
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""quill/data/batches.py: every row once an epoch, the same global batch at every world size, exact validation."""
+"""quill/data/batches.py: every row once per epoch, the same global batch at every world size, exact validation."""
 
 from collections import Counter
 
@@ -21,49 +21,54 @@ def make(tokens, bos=None, block_size=8, rows=6, micro_rows=6, seed=0, **where):
         micro_rows=micro_rows,
         seed=seed,
         device=CPU,
-        **({"rank": 0, "world": 1} | where),
+        **({"rank": 0, "world_size": 1} | where),
     )
 
 
 def stream(n=1000):
-    return np.arange(n, dtype=np.uint16)  # every token says where it stands
+    return np.arange(n, dtype=np.uint16)  # every token is its own position
 
 
 def names(lengths, bos=50):
-    """Documents of the given lengths; the nth holds n in every place."""
+    """Documents of the given lengths. The nth one consists of the token n."""
     return np.array([i for n, length in enumerate(lengths) for i in [bos] + [n % 50] * length], dtype=np.uint16)
 
 
 def test_targets_are_the_next_tokens():
     for step in range(50):
-        total, [(x, y, predicted)] = make(stream()).step(step)
-        assert x.shape == y.shape == (6, 8) and x.dtype == y.dtype == torch.int64
-        assert torch.equal(y, x + 1) and total == predicted == 48
+        total, [(x, y, predicted)] = make(stream()).global_batch(step)
+        assert x.shape == y.shape == (6, 8)
+        assert x.dtype == y.dtype == torch.int64
+        assert torch.equal(y, x + 1)
+        assert total == predicted == 48
 
 
 def test_a_step_is_a_pure_function():
     data = stream()
     one, other = make(data), make(data)
-    ahead = [one.step(step)[1][0][0] for step in range(40)]
+    ahead = [one.global_batch(step)[1][0][0] for step in range(40)]
     for step in reversed(range(40)):
-        assert torch.equal(other.step(step)[1][0][0], ahead[step])
-    assert not torch.equal(make(data, seed=1).step(0)[1][0][0], ahead[0])
+        assert torch.equal(other.global_batch(step)[1][0][0], ahead[step])
+    assert not torch.equal(make(data, seed=1).global_batch(0)[1][0][0], ahead[0])
 
 
-def test_every_window_once_an_epoch_and_another_phase_and_order_in_the_next():
+def test_every_window_once_an_epoch_and_another_offset_and_order_in_the_next():
     batches = make(stream(1003), rows=4)
-    assert batches.rows_per_epoch == (1003 - 8) // 8 == 124 and 124 % 4 == 0
+    assert batches.rows_per_epoch == (1003 - 8) // 8 == 124
+    assert 124 % 4 == 0
     epochs = []
     for epoch in range(6):
         starts = np.concatenate([batches.step_rows(epoch * 31 + step)[0] for step in range(31)])
         ordered = np.sort(starts)
-        assert (np.diff(ordered) == 8).all() and 0 <= ordered[0] < 8 and ordered[-1] + 8 < 1003
+        assert (np.diff(ordered) == 8).all()
+        assert 0 <= ordered[0] < 8
+        assert ordered[-1] + 8 < 1003
         epochs.append(starts)
-    assert len({int(starts.min()) for starts in epochs}) > 2  # phases differ
+    assert len({int(starts.min()) for starts in epochs}) > 2  # offsets differ
     assert len({tuple(np.argsort(starts)) for starts in epochs}) == 6  # orders differ
 
 
-def test_a_step_may_straddle_epochs():
+def test_a_step_may_use_rows_of_several_epochs():
     batches = make(stream(100), rows=7)  # 11 windows
     seen = np.concatenate([batches.step_rows(step)[0] for step in range(11)]).reshape(7, 11)
     for epoch in seen:
@@ -72,71 +77,77 @@ def test_a_step_may_straddle_epochs():
 
 @pytest.mark.parametrize("n", [9, 10, 15, 16, 17, 24])
 def test_the_shortest_streams(n):
-    """One token more than a block is enough; a phase never runs over the end."""
+    """One token more than block_size is enough, and no window ends after the stream."""
     for step in range(30):
-        _, [(x, y, _)] = make(stream(n)).step(step)
-        assert torch.equal(y, x + 1) and y.max() < n
+        _, [(x, y, _)] = make(stream(n)).global_batch(step)
+        assert torch.equal(y, x + 1)
+        assert y.max() < n
 
 
-def test_phases_are_evenly_spread():
+def test_offsets_are_evenly_spread():
     batches = make(stream(200), rows=1)
     per_epoch = batches.rows_per_epoch
-    phases = Counter(int(batches.step_rows(epoch * per_epoch)[0][0]) % 8 for epoch in range(800))
-    assert set(phases) == set(range(8)) and min(phases.values()) > 60 and max(phases.values()) < 140
+    offsets = Counter(int(batches.step_rows(epoch * per_epoch)[0][0]) % 8 for epoch in range(800))
+    assert set(offsets) == set(range(8))
+    assert min(offsets.values()) > 60
+    assert max(offsets.values()) < 140
 
 
 @pytest.mark.parametrize("bos", [None, 50])
-@pytest.mark.parametrize("world", [2, 3, 6])
-def test_the_ranks_share_out_the_one_batch(bos, world):
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_ranks_together_have_the_batch_of_one_process(bos, world_size):
     data = stream() if bos is None else names(range(1, 14))
     whole = make(data, bos)
-    parts = [make(data, bos, rank=rank, world=world, micro_rows=1) for rank in range(world)]
+    parts = [make(data, bos, rank=rank, world_size=world_size, micro_rows=1) for rank in range(world_size)]
     for step in range(20):
-        total, [(x, y, _)] = whole.step(step)
-        shares = [part.step(step) for part in parts]
+        total, [(x, y, _)] = whole.global_batch(step)
+        shares = [part.global_batch(step) for part in parts]
         assert all(share[0] == total for share in shares)
         micro = [batch for share in shares for batch in share[1]]
-        assert torch.equal(torch.cat([m[0] for m in micro]), x) and torch.equal(torch.cat([m[1] for m in micro]), y)
+        assert torch.equal(torch.cat([m[0] for m in micro]), x)
+        assert torch.equal(torch.cat([m[1] for m in micro]), y)
         assert sum(m[2] for m in micro) == total == (y != -1).sum().item()
 
 
-def test_documents_are_rows_of_their_own():
+def test_a_row_holds_one_document():
     data = names([3, 1, 7, 5])
     batches = make(data, 50, rows=4)
     for epoch in range(5):
-        _, [(x, y, predicted)] = batches.step(epoch)
+        _, [(x, y, predicted)] = batches.global_batch(epoch)
         assert predicted == 3 + 1 + 7 + 5 + 4
         seen = set()
         for row, targets in zip(x.tolist(), y.tolist(), strict=True):
             n = targets[0]
             length = [3, 1, 7, 5][n]
-            assert row == [50] + [n] * length + [50] * (7 - length)  # what is behind the end is blank
+            assert row == [50] + [n] * length + [50] * (7 - length)  # the rest of the row is BOS and predicts nothing
             assert targets == [n] * length + [50] + [-1] * (7 - length)
             seen.add(n)
         assert seen == {0, 1, 2, 3}
 
 
-def test_a_long_document_comes_in_pieces():
+def test_a_long_document_fills_several_rows():
     data = np.array([50] + list(range(20)), dtype=np.uint16)
     starts, lengths = module.document_rows(data, 50, 8)
-    assert starts.tolist() == [0, 8, 16] and lengths.tolist() == [8, 8, 5]
+    assert starts.tolist() == [0, 8, 16]
+    assert lengths.tolist() == [8, 8, 5]
     x, y, predicted = make(data, 50).gather(starts, lengths)
     assert predicted == 21
-    assert y[y != -1].tolist() == list(range(20)) + [50]  # each token once, the end too
+    assert y[y != -1].tolist() == list(range(20)) + [50]  # every token once, and the BOS at the end
     assert x[2].tolist() == [15, 16, 17, 18, 19, 50, 50, 50]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("n", [1000, 1001, 1007, 1009])
-def test_validation_predicts_every_token_once(n, world, monkeypatch):
+def test_validation_predicts_every_token_once(n, world_size, monkeypatch):
     monkeypatch.setattr(module, "CPU_EVAL_TOKENS", 80)
     targets, predicted = [], 0
-    for rank in range(world):
-        for x, y, count in make(stream(n), rank=rank, world=world).validation():
+    for rank in range(world_size):
+        for x, y, count in make(stream(n), rank=rank, world_size=world_size).validation():
             assert torch.equal((x + 1)[y != -1], y[y != -1])
             targets += y[y != -1].tolist()
             predicted += count
-    assert sorted(targets) == list(range(1, n)) and predicted == n - 1
+    assert sorted(targets) == list(range(1, n))
+    assert predicted == n - 1
 
 
 def test_validation_of_documents_and_the_cap():
@@ -155,10 +166,12 @@ def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monke
     small = make(data)
     monkeypatch.setattr(module, "ON_DEVICE_BYTES", 1000)
     large = make(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="c"))
-    assert small.prefetcher is None and large.prefetcher is not None
+    assert small.prefetcher is None
+    assert large.prefetcher is not None
     for step in [0, 1, 2, 7, 8, 3]:
-        (x, y, _), (u, v, _) = small.step(step)[1][0], large.step(step)[1][0]
-        assert torch.equal(x, u) and torch.equal(y, v)
+        (x, y, _), (u, v, _) = small.global_batch(step)[1][0], large.global_batch(step)[1][0]
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)
         start = small.step_rows(step)[0][0]
         assert x[0].tolist() == data[start : start + 8].tolist()
     (first, *_), *_ = small.validation()
@@ -166,7 +179,8 @@ def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monke
 
 
 def test_seeds_are_distinct_and_stable():
-    """Stable, because runs of other machines and versions must be repeatable: these numbers may never change."""
+    """This number may never change, because a run must be repeatable on other machines and versions."""
     assert derive_seed("order", 1337, 0) == 5199327084268123949
     seeds = {derive_seed(purpose, seed, step) for purpose in "ab" for seed in range(30) for step in range(300)}
-    assert len(seeds) == 2 * 30 * 300 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 2 * 30 * 300
+    assert all(0 <= seed < 2**63 for seed in seeds)

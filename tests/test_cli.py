@@ -1,4 +1,4 @@
-"""Options: precedence, types, checks, and one clear line for each mistake."""
+"""quill/cli.py: flags and config files become checked options; every mistake is one line."""
 
 import ast
 import dataclasses
@@ -10,7 +10,7 @@ import pytest
 
 from quill.cli import CONFIG_DIR, config_files, help_text, list_configs, read_args, read_config_file
 from quill.errors import UserError
-from quill.options import ModelConfig, PrepareConfig, SampleConfig, TrainConfig
+from quill.options import PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,30 +23,6 @@ def config_file(tmp_path, text):
     path = tmp_path / "run.py"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_defaults_that_nanogpt_has_are_nanogpts():
-    """nanoGPT's train.py, read off its repository: github.com/karpathy/nanoGPT."""
-    config = dataclasses.asdict(TrainConfig())
-    theirs = {
-        "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_only": False, "init_from": "scratch",
-        "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12, "block_size": 1024,
-        "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4,
-        "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
-        "warmup_iters": 2000, "min_lr": 6e-5,
-    }  # fmt: skip
-    assert {key: config[key] for key in theirs} == theirs
-    assert TrainConfig().decay_end == 600000 and TrainConfig(max_iters=7).decay_end == 7
-    theirs = {
-        "num_samples": 10,
-        "max_new_tokens": 500,
-        "temperature": 0.8,
-        "top_k": 200,
-        "seed": 1337,
-        "out_dir": "out",
-    }
-    config = dataclasses.asdict(SampleConfig())
-    assert {key: config[key] for key in theirs} == theirs
 
 
 @pytest.mark.parametrize(
@@ -75,17 +51,20 @@ def test_defaults_that_nanogpt_has_are_nanogpts():
 def test_flags_and_files_mean_the_same(flag, value, tmp_path):
     key, _, text = flag.removeprefix("--").partition("=")
     got = flags(flag)
-    assert got == {key: value} and type(got[key]) is type(value)
+    assert got == {key: value}
+    assert type(got[key]) is type(value)
     if text:
         from_file = read_config_file(config_file(tmp_path, f"{key} = {text!r}"), TrainConfig)
-        assert from_file == {key: value} and type(from_file[key]) is type(value)
+        assert from_file == {key: value}
+        assert type(from_file[key]) is type(value)
 
 
 def test_values_of_a_file_keep_their_types(tmp_path):
     text = "import time\n_private = [1]\ndef helper(): pass\nmax_iters = 5 * 8\nlearning_rate = 1\nn_layer = 2.0\n"
     got = read_config_file(config_file(tmp_path, text), TrainConfig)
     assert got == {"max_iters": 40, "learning_rate": 1.0, "n_layer": 2}
-    assert type(got["learning_rate"]) is float and type(got["n_layer"]) is int
+    assert type(got["learning_rate"]) is float
+    assert type(got["n_layer"]) is int
 
 
 @pytest.mark.parametrize(
@@ -106,33 +85,8 @@ def test_values_of_a_file_keep_their_types(tmp_path):
 def test_wrong_flags(argv, words):
     with pytest.raises(UserError) as error:
         flags(*argv)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"n_embd": 10, "n_head": 3}, ["--n_embd=10", "--n_head=3"]),
-        ({"n_embd": 6, "n_head": 2, "position": "rope"}, ["--position=rope", "even"]),
-        ({"n_layer": -1}, ["--n_layer=-1", "at least 0"]),
-        ({"n_embd": 0}, ["--n_embd=0"]),
-        ({"batch_size": 0}, ["--batch_size=0"]),
-        ({"max_iters": 0}, ["--max_iters=0"]),
-        ({"learning_rate": 0.0}, ["--learning_rate=0.0", "above 0"]),
-        ({"learning_rate": float("nan")}, ["--learning_rate=nan", "finite"]),
-        ({"warmup_iters": 10**400}, ["--warmup_iters=1000", "sensible"]),
-        ({"out_dir": ""}, ["--out_dir= is empty"]),
-        ({"dropout": 1.0}, ["--dropout=1.0", "below 1"]),
-        ({"min_lr": 1.0}, ["--min_lr=1.0", "--learning_rate=0.0006"]),
-        ({"wsd_decay": 1.5}, ["--wsd_decay=1.5"]),
-        ({"mlp_ratio": 0.001, "n_embd": 12}, ["--mlp_ratio=0.001"]),
-        ({"ema_decay": 1.0}, ["--ema_decay=1.0"]),
-    ],
-)
-def test_wrong_values(options, words):
-    with pytest.raises(UserError) as error:
-        TrainConfig(**options)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +105,8 @@ def test_wrong_values(options, words):
 def test_wrong_files(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         read_config_file(config_file(tmp_path, text), TrainConfig)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_and_one_that_is_not_utf8(tmp_path):
@@ -163,41 +118,43 @@ def test_a_missing_file_and_one_that_is_not_utf8(tmp_path):
         read_config_file(path, TrainConfig)
 
 
-def test_a_config_file_can_not_reach_into_ours(tmp_path):
+def test_a_config_file_runs_in_a_new_namespace(tmp_path):
     before = set(sys.modules["quill.cli"].__dict__)
     read_config_file(config_file(tmp_path, "n_layer = 2\n_x = 5\n"), TrainConfig)
     assert set(sys.modules["quill.cli"].__dict__) == before
 
 
-def test_nanogpts_retired_keys_are_noticed(capsys, tmp_path):
+def test_retired_keys_of_nanogpt_are_translated_and_noted(capsys, tmp_path):
     text = "wandb_log = True\nwandb_project = 'x'\nalways_save_checkpoint = False\ndecay_lr = False\nwarmup_iters = 9\n"
     got = read_config_file(config_file(tmp_path, text), TrainConfig)
     assert got == {"schedule": "constant", "warmup_iters": 0}  # nanoGPT has no warm-up without decay
     assert len(capsys.readouterr().err.splitlines()) == 4
     assert flags("--decay_lr=True", "--backend=gloo") == {"schedule": "cosine"}
     notices = capsys.readouterr().err
-    assert "note: backend" in notices and "note: decay_lr" in notices
+    assert "note: backend" in notices
+    assert "note: decay_lr" in notices
     assert flags("--decay_lr=False", "--warmup_iters=9")["warmup_iters"] == 0
     assert flags("--init_from=resume", schema=SampleConfig) == {}
     with pytest.raises(UserError, match="GPT-2's weights are not read"):
         flags("--init_from=gpt2-xl", schema=SampleConfig)
 
 
-def test_an_empty_value_leaves_a_number_as_it_is():
+def test_an_empty_value_leaves_a_number_at_its_default():
     assert flags("--top_p=", "--seed=", "--start=", schema=SampleConfig) == {"top_p": None, "start": ""}
 
 
 @pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, PrepareConfig])
 def test_help_names_every_option_once(schema, capsys):
-    text = help_text(schema, "what it is")
+    text = help_text(schema, "the docstring")
     for option in dataclasses.fields(schema):
         assert text.count(f"  --{option.name}=") == 1
     with pytest.raises(SystemExit) as exit:
-        read_args(["--help"], schema, "what it is")
-    assert exit.value.code == 0 and capsys.readouterr().out.strip() == text
+        read_args(["--help"], schema, "the docstring")
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.strip() == text
 
 
-def test_every_shipped_config_is_plain_and_valid():
+def test_every_shipped_config_is_valid_and_holds_assignments_only():
     assert {"names", "names32k", "shakespeare_char", "shakespeare_char_cpu", "gpt2"} <= {p.stem for p in config_files()}
     for path in config_files():
         config = TrainConfig(**read_config_file(path, TrainConfig))
@@ -213,12 +170,7 @@ def test_the_list_of_configs_has_a_line_for_each():
     assert all(len(line.split(None, 1)[1]) > 20 for line in lines)
 
 
-def test_the_schema_imports_the_standard_library_alone():
+def test_cli_imports_the_standard_library_only():
     code = "import quill.cli, sys; print(not {'torch', 'numpy', 'tqdm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"
-
-
-def test_a_shape_is_checked_where_it_is_made():
-    with pytest.raises(UserError):
-        ModelConfig(n_embd=7, n_head=2)

@@ -1,3 +1,5 @@
+"""quill/data/corpora.py: where a known corpus is found, that it is verified, and what a bad download gives."""
+
 import hashlib
 import threading
 from dataclasses import replace
@@ -8,7 +10,6 @@ import pytest
 from quill.data import corpora
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.errors import UserError
-from quill.files import replacing
 
 TEXT = b"It was the best of times, it was the worst of times.\n" * 50_000  # several chunks
 
@@ -17,12 +18,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests += 1
         if self.path == "/missing":
-            return self.send_error(404)
+            self.send_error(404)
+            return
         body = TEXT[:-1] + b"?" if self.path == "/wrong" else TEXT
         if self.path == "/moved":
             self.send_response(302)
             self.send_header("Location", "/ok")
-            return self.end_headers()
+            self.end_headers()
+            return
         self.send_response(200)
         if self.path != "/unsized":
             self.send_header("Content-Length", str(len(body)))
@@ -60,15 +63,17 @@ def at(server, path):
 @pytest.mark.parametrize("path", ["/ok", "/moved", "/unsized"])
 def test_download(server, tmp_path, path, capsys):
     found = locate(at(server, path), data_dir=tmp_path)
-    assert found == tmp_path / "tale" / "source.txt" and found.read_bytes() == TEXT
+    assert found == tmp_path / "tale" / "source.txt"
+    assert found.read_bytes() == TEXT
     assert [file.name for file in found.parent.iterdir()] == ["source.txt"]
     assert capsys.readouterr() == ("", "")  # no progress bar where stderr is no terminal
     requests = server.requests
-    assert locate(server.corpus, data_dir=tmp_path) == found and server.requests == requests  # not a second time
+    assert locate(server.corpus, data_dir=tmp_path) == found
+    assert server.requests == requests  # it is not downloaded a second time
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"),
+    "path, reason",
     [
         ("/missing", "HTTP status 404"),
         ("/truncated", f"{len(TEXT) // 2:,} of {len(TEXT):,} bytes|IncompleteRead"),
@@ -78,7 +83,8 @@ def test_download(server, tmp_path, path, capsys):
 def test_a_bad_download_is_refused_and_removed(server, tmp_path, path, reason):
     with pytest.raises(UserError, match=reason) as caught:
         locate(at(server, path), data_dir=tmp_path)
-    assert "--input=FILE" in str(caught.value) and "\n" not in str(caught.value)
+    assert "--input=FILE" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert list((tmp_path / "tale").iterdir()) == []
 
 
@@ -89,7 +95,7 @@ def test_no_network_says_what_to_do(server, tmp_path, monkeypatch):
         locate(server.corpus, data_dir=tmp_path)
 
 
-def test_a_silent_server_is_given_up(server, tmp_path, monkeypatch):
+def test_a_silent_server_times_out(server, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "TIMEOUT", 0.2)
     monkeypatch.setattr(Handler, "do_GET", lambda self: threading.Event().wait(1))
     with pytest.raises(UserError, match="timed out.*--input=FILE"):
@@ -127,27 +133,11 @@ def test_every_place_is_verified(server, tmp_path, monkeypatch):
         locate(corpus, data_dir=tmp_path)
 
 
-def test_the_embedded_corpus():
+def test_the_bundled_corpus():
     lines = locate(CORPORA["names"]).read_text(encoding="ascii").split("\n")
     names = [line for line in lines if line]
-    assert len(names) >= 1500 and len(set(names)) == len(names)
+    assert len(names) >= 1500
+    assert len(set(names)) == len(names)
     assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
-    with pytest.raises(UserError, match="embedded"):
+    with pytest.raises(UserError, match="bundled"):
         locate(CORPORA["names"], input="other.txt")
-
-
-def test_files_are_replaced_together_or_not_at_all(tmp_path):
-    first, last = tmp_path / "new" / "first", tmp_path / "new" / "last"
-    for content in (b"1", b"2"):
-        with replacing(first, last) as files:
-            for file in files:
-                file.write(content)
-            assert not first.exists() or first.read_bytes() == last.read_bytes() == b"1"
-        assert first.read_bytes() == last.read_bytes() == content
-    with pytest.raises(KeyboardInterrupt), replacing(first, last) as files:
-        files[0].write(b"3")
-        raise KeyboardInterrupt
-    assert first.read_bytes() == last.read_bytes() == b"2"
-    assert len(list(first.parent.iterdir())) == 2
-    with pytest.raises(UserError, match="can't write"), replacing(first / "below"):
-        pass

@@ -78,9 +78,13 @@ def test_generation_uses_no_dropout_and_restores_the_mode():
         assert not model.training
         break
     assert model.training
-    with pytest.raises(ZeroDivisionError):
+
+    def consume():
         for _ in stream_tokens(model, tokens(1, 2), 20):
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
     assert model.training
     with pytest.raises(RuntimeError):
         generate(model, tokens(1, 2), 20, generator=torch.Generator("meta"))

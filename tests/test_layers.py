@@ -32,11 +32,11 @@ LAYERS = [
     {"quill/interop.py": "torch"},
     {"quill/checkpoint.py": "torch"},
     {"quill/state.py": "torch"},
-    {"quill/observers/": "torch tqdm (tensorboard)", "quill/scoring.py": "torch", "quill/describe.py": "torch"},
+    {"quill/observers/": "torch tqdm (tensorboard)", "quill/scoring.py": "numpy torch", "quill/describe.py": "torch"},
     {"quill/play/": "starlette uvicorn"},
     {
         "train.py": "torch",
-        "sample.py": "torch",
+        "sample.py": "numpy torch",
         "prepare.py": "numpy",
         "export.py": "torch (safetensors)",
         "play.py": "(starlette) (uvicorn)",

@@ -129,7 +129,7 @@ def test_compile_falls_back_to_the_model(monkeypatch, capsys):
     machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
 
     class Batches:
-        def step(self, step):
+        def global_batch(self, step):
             return 4, [(torch.ones(1, 2), torch.ones(1, 2), 4)]
 
     assert module.compile_model(model, Batches(), True, machine) is model

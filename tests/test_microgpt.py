@@ -155,7 +155,7 @@ def test_both_begin_alike():
 
 
 def test_the_tokenizers_agree_on_all_names():
-    theirs = CharTokenizer("\n".join(NAMES), documents=True)
+    theirs = CharTokenizer("\n".join(NAMES), is_documents=True)
     assert theirs.vocab_size == TOKENIZER.bos + 1 == V and theirs.bos == TOKENIZER.bos == 26
     assert TOKENIZER.encode("abz") == [26, 0, 1, 25, 26]
     for name in NAMES:
@@ -197,7 +197,7 @@ def test_five_steps_agree_with_train_step():
     m, v = [0.0] * len(scalar), [0.0] * len(scalar)
     seen = set()
     for step in range(5):
-        [(x, y, predicted)] = batches.step(step)[1]
+        [(x, y, predicted)] = batches.global_batch(step)[1]
         name = "".join(TOKENIZER.chars[i] for i in x[0, 1:predicted].tolist())
         assert name in NAMES and y[0, predicted - 1] == TOKENIZER.bos
         seen.add(name)

@@ -1,4 +1,4 @@
-"""sample.py: from a checkpoint alone, the same text for the same seed, one line for each mistake."""
+"""sample.py: it needs a checkpoint only, a seed gives the same text, and every mistake is one line."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from quill.errors import UserError
 
 @pytest.fixture(scope="session")
 def runs(data_dir, tmp_path_factory):
-    """out_dirs of a trained stream model and a trained document model."""
+    """A folder with two runs: `prose`, trained on a stream, and `words`, trained on documents."""
     from conftest import TINY
 
     folder = tmp_path_factory.mktemp("runs")
@@ -30,22 +30,26 @@ def write(capsys, runs, name, *flags):
 def test_a_stream(runs, capsys):
     out = write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50")
     texts = out.split("\n---------------\n")
-    assert len(texts) == 4 and texts[3] == ""
-    assert all(text.startswith("the ") and len(text) == 54 for text in texts[:3]) and len(set(texts)) == 4
+    assert len(texts) == 4
+    assert texts[3] == ""
+    assert all(text.startswith("the ") and len(text) == 54 for text in texts[:3])
+    assert len(set(texts)) == 4
     assert out == write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50")
     assert out != write(capsys, runs, "prose", "--start=the ", "--num_samples=3", "--max_new_tokens=50", "--seed=2")
 
 
-def test_documents_are_a_line_each_and_end_by_themselves(runs, capsys):
+def test_documents_are_a_line_each_and_end_at_bos(runs, capsys):
     lines = write(capsys, runs, "words", "--num_samples=40").splitlines()
-    assert len(lines) == 40 and all(set(line) <= set("etaoinshrdlu") for line in lines)
+    assert len(lines) == 40
+    assert all(set(line) <= set("etaoinshrdlu") for line in lines)
     assert len({len(line) for line in lines}) > 3
     lines = write(capsys, runs, "words", "--num_samples=5", "--start=sh").splitlines()
-    assert len(lines) == 5 and all(line.startswith("sh") for line in lines)
+    assert len(lines) == 5
+    assert all(line.startswith("sh") for line in lines)
 
 
 def test_greedy_text_is_the_models_own(runs, capsys):
-    """Against a loop over the whole model's argmax."""
+    """The expected text is made by a loop that takes the argmax without a cache."""
     out = write(capsys, runs, "prose", "--start=the", "--num_samples=1", "--max_new_tokens=12", "--temperature=0")
     state = checkpoint.load(runs / "prose" / "best.pt")
     model = checkpoint.load_model(state, "").eval()
@@ -57,14 +61,16 @@ def test_greedy_text_is_the_models_own(runs, capsys):
     assert out == tokenizer.decode(ids[0].tolist()) + "\n---------------\n"
 
 
-def test_the_first_sample_comes_as_it_is_drawn(runs):
+def test_the_first_sample_is_written_as_it_is_drawn(runs):
     state = checkpoint.load(runs / "prose" / "best.pt")
     pieces = []
     config = sample.SampleConfig(num_samples=2, max_new_tokens=20, device="cpu", start="a")
     machine = sample.pick_machine(config)
     tokenizer = sample.find_tokenizer(state, config, "")
     sample.sample(checkpoint.load_model(state, ""), tokenizer, "a", config, machine, pieces.append)
-    assert pieces[0] == "a" and all(len(piece) == 1 for piece in pieces[1:21]) and len(pieces) == 23
+    assert pieces[0] == "a"
+    assert all(len(piece) == 1 for piece in pieces[1:21])
+    assert len(pieces) == 23
 
 
 def test_prompts(runs, capsys, tmp_path):
@@ -73,7 +79,7 @@ def test_prompts(runs, capsys, tmp_path):
     one = ["--num_samples=1", "--max_new_tokens=20"]
     from_file = write(capsys, runs, "prose", f"--start=FILE:{prompt}", *one)
     assert from_file == write(capsys, runs, "prose", "--start=the nude ", *one)
-    long = "the " * 40  # longer than the block: its tail is used
+    long = "the " * 40  # longer than block_size
     assert write(capsys, runs, "prose", f"--start={long}", *one).startswith(long)
     assert write(capsys, runs, "prose", *one)  # no prompt
 
@@ -96,7 +102,8 @@ def test_prompts(runs, capsys, tmp_path):
 def test_mistakes(runs, capsys, flags, words):
     with pytest.raises(UserError) as error:
         write(capsys, runs, "prose", *flags)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 

@@ -1,4 +1,4 @@
-"""scoring.py: numbers against the reference and against GPT's own loss; what the table and the JSON show; mistakes."""
+"""quill/scoring.py: losses equal the numpy reference's and GPT's own; the table and the JSON; mistakes."""
 
 import json
 import math
@@ -20,7 +20,7 @@ CONFIG = ModelConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
 
 
 def make_model(vocab_size):
-    """Wide initial weights, so that no two probabilities are alike; dropout, which a score must turn off."""
+    """A model with large weights, so that probabilities differ, and with dropout, which a score must turn off."""
     torch.manual_seed(0)
     model = GPT(CONFIG, vocab_size)
     for parameter in model.parameters():
@@ -29,14 +29,14 @@ def make_model(vocab_size):
 
 
 def rows_of(text, tokenizer, temperature=1.0):
-    """→ the model, the rows of `text`, and how many characters they are."""
+    """Returns the model, the rows of `text` and its number of characters."""
     model = make_model(tokenizer.vocab_size)
     ids, characters = scoring.encode(text, tokenizer)
     return model, list(scoring.score(model, tokenizer, ids, temperature, CPU)), characters
 
 
 def reference(model, windows, temperature=1.0):
-    """Windows of ids → the loss of every id but the first of each, by the numpy reference, one prefix at a time."""
+    """The losses of all ids of each window but the first, by the numpy reference, one prefix at a time."""
     weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
     losses = []
     for window in windows:
@@ -46,19 +46,19 @@ def reference(model, windows, temperature=1.0):
     return losses
 
 
-DOCUMENTS = CharTokenizer("abcdefghij", documents=True)  # a is 0, …, and BOS 10
+DOCUMENTS = CharTokenizer("abcdefghij", is_documents=True)  # a is 0, …, and BOS 10
 STREAM = CharTokenizer("\nabcdefghij")  # the newline is 0, a is 1, …
 CASES = [
     (DOCUMENTS, "cab", [[10, 2, 0, 1, 10]]),
-    (DOCUMENTS, "cab\n \n\nj\n", [[10, 2, 0, 1, 10], [10, 9, 10]]),  # blank lines are no documents
-    (DOCUMENTS, "abcdefghij", [[10, *range(8)], [7, 8, 9, 10]]),  # longer than a block: the context starts anew
-    (DOCUMENTS, "abcdefgh", [[10, *range(8)], [7, 10]]),  # its end alone in a window
+    (DOCUMENTS, "cab\n \n\nj\n", [[10, 2, 0, 1, 10], [10, 9, 10]]),  # blank lines are not documents
+    (DOCUMENTS, "abcdefghij", [[10, *range(8)], [7, 8, 9, 10]]),  # longer than block_size: two windows
+    (DOCUMENTS, "abcdefgh", [[10, *range(8)], [7, 10]]),  # the second window predicts the end only
     (STREAM, "a", [[0, 1]]),
     (STREAM, "ab\nj\n", [[0, 1, 2, 0, 10, 0]]),
     (STREAM, "abcdefgh", [[0, *range(1, 9)]]),
     (STREAM, "abcdefghij" * 2, [[0, *range(1, 9)], [8, 9, 10, *range(1, 7)], [6, 7, 8, 9, 10]]),
     (ByteTokenizer(), "é\n", [[10, 0xC3, 0xA9, 10]]),
-    (ByteTokenizer(documents=True), "é\nz", [[256, 0xC3, 0xA9, 256], [256, 122, 256]]),
+    (ByteTokenizer(is_documents=True), "é\nz", [[256, 0xC3, 0xA9, 256], [256, 122, 256]]),
 ]
 
 
@@ -73,7 +73,7 @@ def test_losses_are_the_references(tokenizer, text, windows, temperature):
 
 @pytest.mark.parametrize("tokenizer, text, windows", CASES)
 def test_the_total_is_the_models_loss(tokenizer, text, windows):
-    """GPT.forward's mean loss, of each window by itself and without padding."""
+    """The expected loss is GPT.forward's, one window at a time and without padding."""
     model, rows, characters = rows_of(text, tokenizer)
     model.eval()
     with torch.no_grad():
@@ -81,18 +81,21 @@ def test_the_total_is_the_models_loss(tokenizer, text, windows):
     total = sum(loss * (len(window) - 1) for loss, window in zip(losses, windows, strict=True))
     values = scoring.totals([row.loss for row in rows], characters)
     tokens = sum(len(window) - 1 for window in windows)
-    assert values["tokens"] == tokens and values["total_loss"] == pytest.approx(total, abs=1e-5)
+    assert values["tokens"] == tokens
+    assert values["total_loss"] == pytest.approx(total, abs=1e-5)
     assert values["mean_loss"] == pytest.approx(total / tokens, abs=1e-5)
     assert values["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
 def test_the_likeliest_tokens():
-    tokenizer = CharTokenizer("abc", documents=True)  # four ids, fewer than a row has place for
+    tokenizer = CharTokenizer("abc", is_documents=True)  # four ids, fewer than the five that a row shows
     _, rows, _ = rows_of("abcab", tokenizer)
     for row in rows:
         names, probs = zip(*row.likeliest, strict=True)
-        assert sorted(names) == ["<end>", "a", "b", "c"] and list(probs) == sorted(probs, reverse=True)
-        assert sum(probs) == pytest.approx(1, abs=1e-6) and dict(row.likeliest)[row.token] == row.probability
+        assert sorted(names) == ["<end>", "a", "b", "c"]
+        assert list(probs) == sorted(probs, reverse=True)
+        assert sum(probs) == pytest.approx(1, abs=1e-6)
+        assert dict(row.likeliest)[row.token] == row.probability
     model, rows, _ = rows_of("cab", DOCUMENTS)
     with torch.no_grad():
         probs = model(torch.tensor([[10, 2]]))[0][0, -1].softmax(-1)
@@ -109,16 +112,16 @@ def test_a_low_temperature_sharpens():
         assert a.likeliest[0][1] > b.likeliest[0][1] > c.likeliest[0][1]
     frozen = rows_of(text, DOCUMENTS, sample.COLDEST)
     assert all(row.likeliest[0][1] == 1 and math.isfinite(row.loss) for row in frozen[1])
-    assert json.loads(scoring.to_json(*frozen[1:]))["perplexity"] is None  # beyond what a number can hold
+    assert json.loads(scoring.to_json(*frozen[1:]))["perplexity"] is None  # too large for a float
 
 
 @pytest.mark.parametrize(
     "tokenizer, text, characters",
     [
         (STREAM, "ab\n", 3),
-        (DOCUMENTS, "ab\n\ncd\n", 6),  # with two ends
+        (DOCUMENTS, "ab\n\ncd\n", 6),  # the ends of two documents count
         (ByteTokenizer(), "é🙂\n", 3),  # of 7 bytes
-        (ByteTokenizer(documents=True), "é🙂\nz", 5),
+        (ByteTokenizer(is_documents=True), "é🙂\nz", 5),
     ],
 )
 def test_bits_per_character(tokenizer, text, characters):
@@ -133,8 +136,9 @@ def test_contexts_and_tokens_as_shown():
     rows = rows_of("a\t \\␣語\u0301b\n", tokenizer)[1]
     assert [row.token for row in rows] == ["a", r"\t", "␣", r"\\", r"\u2423", "語", r"\u0301", "b", r"\n"]
     assert [row.context for row in rows[:4]] == [r"\n", r"\na", r"\na\t", r"\na\t␣"]
-    assert rows[7].context == r"…\t␣\\\u2423語\u0301" and rows[8].context == "b"  # the second window
-    rows = rows_of("aé\nz", ByteTokenizer(documents=True))[1]
+    assert rows[7].context == r"…\t␣\\\u2423語\u0301"
+    assert rows[8].context == "b"  # the second window
+    rows = rows_of("aé\nz", ByteTokenizer(is_documents=True))[1]
     assert [row.token for row in rows] == ["a", r"\xc3", r"\xa9", "<end>", "z", "<end>"]
     contexts = ["<start>", "<start>a", r"<start>a\xc3", "<start>aé", "<start>", "<start>z"]
     assert [row.context for row in rows] == contexts
@@ -144,11 +148,12 @@ def test_contexts_and_tokens_as_shown():
 
 def test_the_table_is_aligned():
     text = "a語b\t" * 6
-    tokenizer = CharTokenizer(text + "\n\u2028 語", documents=True)
+    tokenizer = CharTokenizer(text + "\n\u2028 語", is_documents=True)
     _, rows, characters = rows_of(text, tokenizer)
     lines = list(scoring.table(rows, tokenizer, characters))
-    assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])} and lines[-5] == ""
-    tokenizer = ByteTokenizer(documents=True)
+    assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])}
+    assert lines[-5] == ""
+    tokenizer = ByteTokenizer(is_documents=True)
     lines = list(scoring.table(rows_of(text, tokenizer)[1], tokenizer, characters))
     assert all(scoring.width(line) <= 110 for line in lines)
 
@@ -176,7 +181,8 @@ def run(capsys, ckpt, *flags):
 def test_json_has_the_tables_numbers(saved, capsys):
     lines = run(capsys, saved / "documents.pt", "--score=cab").splitlines()
     values = json.loads(run(capsys, saved / "documents.pt", "--score=cab", "--json"))
-    assert len(lines) == 1 + 4 + 5 and len(values["rows"]) == 4
+    assert len(lines) == 1 + 4 + 5
+    assert len(values["rows"]) == 4
     for line, row in zip(lines[1:5], values["rows"], strict=True):
         pairs = [word for top in row["likeliest"] for word in (top["token"], f"{top['probability']:.3f}")]
         numbers = [f"{row['probability']:.4f}", f"{row['loss']:.3f}"]
@@ -206,7 +212,7 @@ def test_a_text_from_a_file(saved, capsys, tmp_path):
 
 
 def test_a_nanogpt_checkpoint(data_dir, tmp_path, capsys):
-    """`prose` has no newline: a text follows its first character, a space."""
+    """`prose` has no newline, so the first token is predicted from the first character of its vocabulary, a space."""
     model = make_model(13)
     shape = {key: getattr(CONFIG, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
     theirs = {"model": model.state_dict(), "model_args": shape | {"vocab_size": 13}, "config": {"dataset": "prose"}}
@@ -240,11 +246,12 @@ def test_mistakes(saved, capsys, monkeypatch, tmp_path, flags, words):
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
     with pytest.raises(UserError) as error:
         run(capsys, saved / "stream.pt", *flags)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 
-def test_blank_documents_are_no_text(saved, capsys):
+def test_blank_lines_are_not_scored(saved, capsys):
     with pytest.raises(UserError, match=r"--score= \\n: there is no text to score"):
         run(capsys, saved / "documents.pt", "--score= \n")
     with pytest.raises(UserError, match="' ' .1 character that is not in the vocabulary"):

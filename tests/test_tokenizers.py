@@ -1,3 +1,5 @@
+"""quill/data/tokenizers.py: ids by hand, round trips, streams, prompts, unknown characters, JSON."""
+
 import json
 import random
 
@@ -11,9 +13,8 @@ TEXTS = ["hello\nworld\n", "naïve Straße 日本語 🙂\u2028\x00\x7f", "a\u03
 
 
 def all_kinds(text):
-    return [
-        make(documents) for documents in (False, True) for make in (lambda d: CharTokenizer(text, d), ByteTokenizer)
-    ]
+    kinds = (lambda is_documents: CharTokenizer(text, is_documents), ByteTokenizer)
+    return [make(is_documents) for is_documents in (False, True) for make in kinds]
 
 
 def test_char_ids_are_nanogpts():
@@ -21,28 +22,33 @@ def test_char_ids_are_nanogpts():
     stoi = {char: i for i, char in enumerate(sorted(set(text)))}
     tokenizer = CharTokenizer(text)
     assert tokenizer.encode(text).tolist() == [stoi[char] for char in text]
-    assert tokenizer.vocab_size == len(stoi) and tokenizer.bos is None
+    assert tokenizer.vocab_size == len(stoi)
+    assert tokenizer.bos is None
 
 
 def test_byte_ids_are_the_utf8():
     assert ByteTokenizer().encode("aß€").tolist() == list("aß€".encode())
-    assert ByteTokenizer().vocab_size == 256 and ByteTokenizer().bos is None
+    assert ByteTokenizer().vocab_size == 256
+    assert ByteTokenizer().bos is None
 
 
-def test_bos_is_the_last_id_and_stands_for_newline():
-    tokenizer = CharTokenizer("anna\nbob", documents=True)
-    assert tokenizer.chars == "abno" and tokenizer.bos == 4 and tokenizer.vocab_size == 5
+def test_bos_is_the_last_id_and_replaces_the_newline():
+    tokenizer = CharTokenizer("anna\nbob", is_documents=True)
+    assert tokenizer.chars == "abno"
+    assert tokenizer.bos == 4
+    assert tokenizer.vocab_size == 5
     assert tokenizer.encode("\nanna\nbob").tolist() == [4, 0, 2, 2, 0, 4, 1, 3, 1]
     assert tokenizer.decode([4, 0, 2]) == "\nan"
-    assert ByteTokenizer(documents=True).encode("\na").tolist() == [256, 97]
-    assert ByteTokenizer(documents=True).decode([256, 97]) == "\na"
+    assert ByteTokenizer(is_documents=True).encode("\na").tolist() == [256, 97]
+    assert ByteTokenizer(is_documents=True).decode([256, 97]) == "\na"
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_round_trip(text):
     for tokenizer in all_kinds(text):
         ids = tokenizer.encode(text)
-        assert ids.dtype == np.int64 and tokenizer.decode(ids) == text == tokenizer.decode(ids.tolist())
+        assert ids.dtype == np.int64
+        assert tokenizer.decode(ids) == text == tokenizer.decode(ids.tolist())
         assert tokenizer.vocab_size > ids.max(initial=0) or not text
 
 
@@ -55,14 +61,16 @@ def test_a_stream_gives_the_same_text_in_whole_characters():
             count = rng.randint(1, 3)
             pieces.append(decode(ids[:count]))
             ids = ids[count:]
-        assert "\ufffd" not in "".join(pieces) and "".join(pieces) == text
+        assert "\ufffd" not in "".join(pieces)
+        assert "".join(pieces) == text
 
 
-def test_bytes_that_are_no_character_are_marked():
+def test_bytes_that_are_not_utf8_become_replacement_characters():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
     assert tokenizer.decode([0x61, 0xC3]) == "a\ufffd"
-    assert (decode := tokenizer.stream())([0x61, 0xC3]) == "a" and decode([0x9F]) == "ß"
+    assert (decode := tokenizer.stream())([0x61, 0xC3]) == "a"
+    assert decode([0x9F]) == "ß"
 
 
 def test_unknown_characters_are_named():
@@ -76,26 +84,29 @@ def test_unknown_characters_are_named():
         tokenizer.encode("".join(map(chr, range(0x4E00, 0x4E00 + 26))))
 
 
-def test_half_a_surrogate_pair_is_named_and_does_not_crash():
+def test_half_a_surrogate_pair_is_an_unknown_character():
     for tokenizer in all_kinds("abc\n"):
         with pytest.raises(UserError, match=r"^'\\udce9' \(1 character"):
             tokenizer.encode("a\udce9")
 
 
 def test_prompts():
-    stream, documents = CharTokenizer("ab\n"), CharTokenizer("ab\n", documents=True)
-    assert stream.prompt("ab").tolist() == [1, 2] and stream.prompt("").tolist() == [0]
-    assert documents.prompt("ab").tolist() == [2, 0, 1] and documents.prompt("").tolist() == [2]
-    assert CharTokenizer("ab").prompt("").tolist() == [0]  # a text of one line has no newline
+    stream, documents = CharTokenizer("ab\n"), CharTokenizer("ab\n", is_documents=True)
+    assert stream.prompt("ab").tolist() == [1, 2]
+    assert stream.prompt("").tolist() == [0]
+    assert documents.prompt("ab").tolist() == [2, 0, 1]
+    assert documents.prompt("").tolist() == [2]
+    assert CharTokenizer("ab").prompt("").tolist() == [0]  # without a newline in the vocabulary, its first character
     assert ByteTokenizer().prompt("").tolist() == [10]
 
 
 def test_json_and_equality():
-    kinds = all_kinds("ab\nß🙂") + [CharTokenizer("ab"), CharTokenizer("ab", documents=True)]
+    kinds = all_kinds("ab\nß🙂") + [CharTokenizer("ab"), CharTokenizer("ab", is_documents=True)]
     for i, tokenizer in enumerate(kinds):
         again = from_json(json.loads(json.dumps(tokenizer.to_json())))
         assert [again == other for other in kinds] == [i == j for j in range(len(kinds))]
-        assert hash(again) == hash(tokenizer) and type(again) is type(tokenizer)
+        assert hash(again) == hash(tokenizer)
+        assert type(again) is type(tokenizer)
     assert CharTokenizer("baab") == CharTokenizer("ab") != "ab"
 
 

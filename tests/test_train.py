@@ -272,7 +272,7 @@ def test_a_step_is_adamw_by_formula(flags):
     state, batches = TrainState(config, {}, data.dataset.tokenizer, machine), data.train_batches
     model = state.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    _, [(x, y, _)] = batches.step(0)
+    _, [(x, y, _)] = batches.global_batch(0)
     loss = model(x, y)[1]
     gradients = dict(zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))

@@ -38,7 +38,7 @@ def main(peer: str, options: dict[str, Any]) -> list[float]:
     )
     losses = []
     for step in range(config.max_iters):
-        ((x, y, _),) = batches.step(step)[1]
+        ((x, y, _),) = batches.global_batch(step)[1]
         loss = model(x.contiguous(), y.contiguous())[1]  # nanoGPT's model calls view() on its targets
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

@@ -1,1 +1,1 @@
-"""Text → token files → batches: the known corpora, the tokenizers, the files, and what training reads from them."""
+"""From a text to batches: the known corpora, the tokenizers, the token files and what training reads from them."""

@@ -1,40 +1,48 @@
-"""Token files → batches. The batch of a step is a pure function of (seed, step): there is no loader state to save.
+"""Token files to batches. The batch of a step depends on (seed, step) alone, so there is no loader state to save.
 
-`(x, y)` of shape (B, T), int64; `y` is `x` shifted by one, and -1 where nothing is to be predicted.
+A batch is `(x, y)`, both (B, T) int64. `y` is `x` shifted by one, and -1 where nothing is predicted.
 
-A *row* is a piece of the token file that fills one row of a batch, given by its start and by how many tokens it
-predicts. A stream is cut into rows of block_size tokens, at a phase of the epoch's own; a document is a row of its own
-(or several, when it is longer than a block), never joined with its neighbour. Every row comes once an epoch.
+A *row* is the piece of a token file that fills one row of a batch. It is given by its start and by its length, the
+number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset that each epoch draws
+anew. A document fills a row by itself, or several rows if it is longer than block_size; two documents never share one.
+Every row is used once per epoch, in an order that each epoch draws anew.
+
+Shapes: N tokens in a file, R rows, B rows in a batch, T = block_size.
 """
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device whole
-CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: what stays in a CPU's cache is faster,
-GPU_EVAL_TOKENS = 16384  # and a GPU wants more at once
+Rows = tuple[np.ndarray, np.ndarray]  # starts and lengths, (R,) each
+Batch = tuple[torch.Tensor, torch.Tensor, int]  # x and y, (B, T) each, and the number of tokens that they predict
+
+ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
+CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
+GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
 
 
-def derive_seed(*parts):
-    """A 63-bit seed for one purpose, such as ("order", seed, epoch); the same on every machine and version."""
+def derive_seed(*parts: str | int) -> int:
+    """A 63-bit seed for one purpose, such as ("order", seed, epoch). It is the same on every machine and version."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def stream_rows(n_tokens, block_size):
-    """All of a stream in order, in windows that do not overlap; the last may be short. → starts, lengths (R,)"""
+def stream_rows(n_tokens: int, block_size: int) -> Rows:
+    """Cut a stream into windows that do not overlap, in order. The last window may be shorter than block_size."""
     starts = np.arange(0, n_tokens - 1, block_size)
     return starts, np.minimum(block_size, n_tokens - 1 - starts)
 
 
-def document_rows(tokens, bos, block_size):
-    """Documents in order: `BOS a b c` predicts 4 tokens, the last being the BOS that ends it. → starts, lengths (R,)
+def document_rows(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
+    """Cut `tokens` (N,) into rows that hold one document each, in order.
 
-    A document that predicts more than block_size tokens gives several rows.
+    `BOS a b c` predicts 4 tokens: a, b, c and the BOS that ends it. A document that predicts more than block_size
+    tokens is cut into several rows.
     """
     starts = np.flatnonzero(tokens == bos)
     lengths = np.diff(starts, append=len(tokens))
@@ -45,45 +53,70 @@ def document_rows(tokens, bos, block_size):
 
 
 class Batches:
-    """Batches of one split for one rank.
+    """The batches of one split, for one rank.
 
-    tokens: a token file (N,), uint16 or uint32, memory-mapped. bos: the id that starts a document, None for a stream.
-    rows: rows in a step's global batch. micro_rows: most rows in one micro-batch.
+    `rows_per_epoch` is the number of rows in an epoch.
     """
 
-    def __init__(self, tokens, bos, block_size, *, rows, micro_rows, seed, device, rank=0, world=1):
-        assert rows % world == 0, "every rank takes the same number of rows"
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        bos: int | None,
+        block_size: int,
+        *,
+        rows: int,
+        micro_rows: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Find the rows of a split, and copy it to the device if it is small.
+
+        Args:
+            tokens: the split (N,), uint16 or uint32; it may be memory-mapped.
+            bos: the id that starts a document; None for a stream, which must have more than block_size tokens.
+            block_size: T, the length of a row in a batch.
+            rows: rows in the global batch of a step, over all ranks; a multiple of world_size.
+            micro_rows: most rows in a micro-batch.
+            seed: the run's seed, from which the epochs' orders and offsets derive.
+            device: where batches are put.
+            rank: which rank this is, from 0.
+            world_size: the number of ranks.
+        """
+        assert rows % world_size == 0, "every rank takes the same number of rows"
         self.bos, self.block_size, self.device = bos, block_size, device
         self.rows, self.micro_rows = rows, micro_rows
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.n_tokens = len(tokens)
         self.id_mask = np.iinfo(tokens.dtype).max
         if bos is None:
-            # Leaving out one window gives the phase its whole range, so that no place is always a window's edge.
+            # So few windows that the offset can be anything from 0 to block_size - 1: then no token is always at the
+            # edge of a window.
             self.rows_per_epoch = max(1, (self.n_tokens - block_size) // block_size)
         else:
-            self.documents = document_rows(tokens, bos, block_size)
-            self.rows_per_epoch = len(self.documents[0])
-        # torch indexes signed integers only; `id_mask` undoes the sign.
+            self.document_rows = document_rows(tokens, bos, block_size)
+            self.rows_per_epoch = len(self.document_rows[0])
+        # torch can index signed integers only, so ids of the upper half are negative until `id_mask` is applied.
         signed = tokens.view(np.int16 if tokens.dtype.itemsize == 2 else np.int32)
         self.on_device = tokens.nbytes <= ON_DEVICE_BYTES
         self.tokens = torch.from_numpy(np.array(signed)).to(device) if self.on_device else torch.from_numpy(signed)
-        self.offsets = torch.arange(block_size + 1, device=self.tokens.device)
-        self.order = lru_cache(maxsize=2)(self._order)  # of this epoch and, where a step straddles two, the next
+        self.positions = torch.arange(block_size + 1, device=self.tokens.device)
+        self.order = lru_cache(maxsize=2)(self._order)  # a step may use rows of two epochs
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
-        self.prefetched = (None, None)  # step, future
+        self.prefetched: tuple[int, Future[tuple[int, list[Batch]]]] | None = None  # step and its batch
 
-    def _order(self, epoch):
-        """The rows of an epoch, shuffled. → (rows_per_epoch,)
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch's rows: a permutation (rows_per_epoch,).
 
-        Ranks of raw Philox words and not Generator.permutation, whose algorithm numpy may change between versions.
+        It sorts raw Philox words, because numpy may change the algorithm of Generator.permutation between versions.
         """
         words = np.random.Philox(key=derive_seed("order", self.seed, epoch)).random_raw(self.rows_per_epoch)
         return np.argsort(words, kind="stable")
 
-    def step_rows(self, step):
-        """The rows of step's global batch. → starts, lengths (rows,)"""
-        nth = step * self.rows + np.arange(self.rows)  # the run's nth row, counted over all epochs
+    def step_rows(self, step: int) -> Rows:
+        """The rows of a step's global batch, on all ranks: starts and lengths, (rows,) each."""
+        nth = step * self.rows + np.arange(self.rows)  # counted from the start of the run, over all epochs
         epochs, places = np.divmod(nth, self.rows_per_epoch)
         starts, lengths = np.empty_like(nth), np.full_like(nth, self.block_size)
         for epoch in np.unique(epochs):
@@ -91,50 +124,63 @@ class Batches:
             row = self.order(int(epoch))[places[here]]
             if self.bos is None:
                 slack = self.n_tokens - 1 - self.rows_per_epoch * self.block_size
-                phase = derive_seed("phase", self.seed, int(epoch)) % (min(slack, self.block_size - 1) + 1)
-                starts[here] = phase + row * self.block_size
+                offset = derive_seed("phase", self.seed, int(epoch)) % (min(slack, self.block_size - 1) + 1)
+                starts[here] = offset + row * self.block_size
             else:
-                starts[here], lengths[here] = self.documents[0][row], self.documents[1][row]
+                starts[here], lengths[here] = self.document_rows[0][row], self.document_rows[1][row]
         return starts, lengths
 
-    def step(self, step):
-        """→ tokens that step's global batch predicts, and this rank's micro-batches [(x, y, tokens predicted)]"""
+    def global_batch(self, step: int) -> tuple[int, list[Batch]]:
+        """Make this rank's part of a step's global batch.
+
+        Returns:
+            The number of tokens that the global batch predicts on all ranks, and this rank's micro-batches
+            [(x, y, tokens predicted)] with x and y (at most micro_rows, T).
+        """
         if self.prefetcher is None:
-            return self._make_step(step)
-        ready, future = self.prefetched
-        batch = future.result() if ready == step else self._make_step(step)
-        self.prefetched = (step + 1, self.prefetcher.submit(self._make_step, step + 1))
+            return self._make_global_batch(step)
+        if self.prefetched is not None and self.prefetched[0] == step:
+            batch = self.prefetched[1].result()
+        else:
+            batch = self._make_global_batch(step)
+        self.prefetched = (step + 1, self.prefetcher.submit(self._make_global_batch, step + 1))
         return batch
 
-    def _make_step(self, step):
+    def _make_global_batch(self, step: int) -> tuple[int, list[Batch]]:
         starts, lengths = self.step_rows(step)
         total = int(lengths.sum())
-        mine = slice(self.rank * self.rows // self.world, (self.rank + 1) * self.rows // self.world)
+        mine = slice(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
         starts, lengths = starts[mine], lengths[mine]
         cuts = range(0, len(starts), self.micro_rows)
         return total, [self.gather(starts[i : i + self.micro_rows], lengths[i : i + self.micro_rows]) for i in cuts]
 
-    def validation_rows(self):
-        """The rows of the whole split, in order. → starts, lengths (R,)"""
-        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.documents
+    def validation_rows(self) -> Rows:
+        """The rows of the whole split, in order: every token but the first of a stream is predicted once."""
+        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
 
-    def validation(self, max_rows=None):
-        """The split in order, shared out over the ranks batch by batch: yields (x, y, tokens predicted)."""
+    def validation(self, max_rows: int | None = None) -> Iterator[Batch]:
+        """Yield this rank's share of the split's batches (x, y, tokens predicted), in order.
+
+        The ranks take batches in turn. max_rows: evaluate the first rows only; None evaluates all of them.
+        """
         starts, lengths = (part[:max_rows] for part in self.validation_rows())
         wanted = CPU_EVAL_TOKENS if self.device.type == "cpu" else GPU_EVAL_TOKENS
         size = max(1, wanted // self.block_size)
-        for i in range(self.rank * size, len(starts), self.world * size):
+        for i in range(self.rank * size, len(starts), self.world_size * size):
             yield self.gather(starts[i : i + size], lengths[i : i + size])
 
-    def gather(self, starts, lengths):
-        """Rows → (x, y, tokens predicted), x and y (len(starts), block_size) on the device."""
-        at = torch.from_numpy(starts).to(self.tokens.device)[:, None] + self.offsets
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
+        """Read rows, given by starts and lengths (B,), as (x, y, tokens predicted); x and y are (B, T) on the device.
+
+        Where a row predicts fewer than T tokens, x is padded with BOS (0 for a stream) and y with -1.
+        """
+        at = torch.from_numpy(starts).to(self.tokens.device)[:, None] + self.positions
         window = self.tokens[at.clamp(max=self.n_tokens - 1)].long() & int(self.id_mask)
         if self.bos is not None:
-            window.masked_fill_(at >= self.n_tokens, self.bos)  # the end of the last document
+            window.masked_fill_(at >= self.n_tokens, self.bos)  # BOS ends the last document too
         x, y = window[:, :-1], window[:, 1:]
         if (lengths < self.block_size).any():
-            unused = self.offsets[:-1] >= torch.from_numpy(lengths).to(self.tokens.device)[:, None]
+            unused = self.positions[:-1] >= torch.from_numpy(lengths).to(self.tokens.device)[:, None]
             x = x.masked_fill(unused, self.bos or 0)
             y = y.masked_fill(unused, -1)
         if not self.on_device and self.device.type == "cuda":

@@ -1,10 +1,11 @@
-"""The known corpora: what each is, where it comes from, and a verified copy of it on this machine.
+"""The known corpora, and how to find a verified copy of each: in the repository, on this machine, or by download.
 
 Turning a text into tokens is left to quill/data/token_files.py.
 """
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +13,20 @@ from quill.errors import UserError
 from quill.files import replacing
 
 CHUNK = 2**20  # bytes read at a time
-TIMEOUT = 30  # seconds without a byte after which a download is given up
+TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
 @dataclass(frozen=True)
 class Corpus:
+    """A text that `python prepare.py NAME` knows, and how it is tokenized. `url` and `sha256` are empty if bundled."""
+
     name: str
-    file: str  # its name in the folder $QUILL_CORPORA; the embedded one lies beside this module
-    url: str  # empty: embedded
-    sha256: str  # empty: embedded, so the repository vouches for it
+    file: str  # file name, in the folder $QUILL_CORPORA or, for a bundled corpus, in data/
+    url: str
+    sha256: str
     origin: str  # who made it, and under which licence it is used
     tokenizer: str = "char"
-    documents: bool = False  # each line is a text of its own
+    is_documents: bool = False  # every line is a separate document
 
 
 CORPORA = {
@@ -34,15 +37,15 @@ CORPORA = {
             file="tinyshakespeare.txt",
             url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
             sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            origin="40,000 lines of Shakespeare's plays (public domain), put together for karpathy/char-rnn",
+            origin="40,000 lines of Shakespeare's plays (public domain), collected for karpathy/char-rnn",
         ),
         Corpus(
             name="names",
             file="names.txt",
             url="",
             sha256="",
-            origin="given names, typed for quill (MIT, as the rest of it)",
-            documents=True,
+            origin="given names, typed for quill (MIT, like the rest of it)",
+            is_documents=True,
         ),
         Corpus(
             name="names32k",
@@ -50,32 +53,39 @@ CORPORA = {
             url="https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
             sha256="0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
             origin="32,033 given names in use in the USA in 2018 (ssa.gov), from karpathy/makemore (MIT)",
-            documents=True,
+            is_documents=True,
         ),
     )
 }
 
 
-def locate(corpus, input="", data_dir="data"):
-    """The path of a verified copy of `corpus`: `input`, $QUILL_CORPORA's, the downloaded one, or downloaded now."""
+def locate(corpus: Corpus, input: str = "", data_dir: str | Path = "data") -> Path:
+    """Find a copy of `corpus`, verify it and return its path.
+
+    The first of these that exists is used: `input`, the folder $QUILL_CORPORA, an earlier download in `data_dir`.
+    If none exists, the corpus is downloaded to `data_dir`. A bundled corpus is always the repository's.
+
+    Raises:
+        UserError: the copy is not the corpus, can't be read, or can't be downloaded.
+    """
     if not corpus.url:
         if input:
-            raise UserError(f"--input={input}: {corpus.name} is embedded; for another text give --dataset=<a new name>")
+            raise UserError(f"--input={input}: {corpus.name} is bundled; for another text give --dataset=<a new name>")
         return Path(__file__).parent.parent.parent / "data" / corpus.file
     if input:
         return verify(Path(input), corpus, "give another --input, or none to have it downloaded")
     if folder := os.environ.get("QUILL_CORPORA"):
         path = Path(folder) / corpus.file
         if os.path.isfile(path):
-            return verify(path, corpus, "mend or unset the environment variable QUILL_CORPORA")
+            return verify(path, corpus, "fix or unset the environment variable QUILL_CORPORA")
     path = Path(data_dir) / corpus.name / "source.txt"
     if os.path.isfile(path):
         return verify(path, corpus, "delete it to have it downloaded again")
     return download(corpus, path)
 
 
-def verify(path, corpus, remedy):
-    """`path`, if its bytes are the corpus's."""
+def verify(path: Path, corpus: Corpus, remedy: str) -> Path:
+    """Return `path` if its SHA-256 is that of `corpus`; else raise a UserError that ends with `remedy`."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -87,28 +97,33 @@ def verify(path, corpus, remedy):
     return path
 
 
-def check_sha256(actual, corpus, what, remedy):
+def check_sha256(actual: str, corpus: Corpus, what: str | Path, remedy: str) -> None:
+    """Raise a UserError about `what`, with `remedy` at its end, unless `actual` is the SHA-256 of `corpus`."""
     if actual != corpus.sha256:
         raise UserError(
             f"{what} is not {corpus.name}: its SHA-256 is {actual[:12]}…, not {corpus.sha256[:12]}…; {remedy}"
         )
 
 
-def download(corpus, path):
-    """Download `corpus` to `path`. What isn't the corpus, byte for byte, never gets that name."""
+def download(corpus: Corpus, path: Path) -> Path:
+    """Download `corpus` to `path` and return `path`. The file appears only when it is complete and verified."""
     remedy = f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`"
     digest = hashlib.sha256()
     with replacing(path, shared=True) as (file,):
         for chunk in read_url(corpus.url, f"download {corpus.name}", remedy):
             digest.update(chunk)
             file.write(chunk)
-        check_sha256(digest.hexdigest(), corpus, f"what {corpus.url} sent", remedy)
+        check_sha256(digest.hexdigest(), corpus, f"the download from {corpus.url}", remedy)
     return path
 
 
-def read_url(url, title, remedy):
-    """Yield what `url` sends, under a progress bar if stderr is a terminal. A UserError if that isn't all of it."""
-    # Imported here, because they would slow down every start.
+def read_url(url: str, title: str, remedy: str) -> Iterator[bytes]:
+    """Download `url` in chunks, with a progress bar named `title` if stderr is a terminal.
+
+    Raises:
+        UserError: the server can't be reached, refuses, or ends too early. The message ends with `remedy`.
+    """
+    # Imported here, because they are slow to import and seldom needed.
     import http.client
     import urllib.error
     import urllib.request

@@ -1,12 +1,16 @@
-"""A text file → token files, and back: data/<dataset>/{train.bin, val.bin, meta.json}.
+"""Write a text file as token files, and open them: data/<dataset>/{train.bin, val.bin, meta.json}.
 
-The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothing else, so that other tools read them;
-meta.json says what they are, with their SHA-256. The same text always gives the same bytes.
+The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothing else, so other tools can read them.
+meta.json describes them and holds their SHA-256. The same text always gives the same bytes.
 
-A stream is split in one place: the first nine tenths of its tokens are for training. A set of documents, one a line,
-is split by each document's own checksum, so that all copies of a text are on the same side, about a tenth of them in
-validation; blank lines are no documents.
+A stream is split once: the first nine tenths of its tokens are for training. Of documents, one per line, about a tenth
+are for validation. The checksum of its text decides on which side a document is, so equal documents are on the same
+side. Blank lines are not documents.
+
+How a text is tokenized is left to tokenizers.py, and where the known corpora are found to corpora.py.
 """
+
+from __future__ import annotations
 
 import codecs
 import hashlib
@@ -16,86 +20,110 @@ import operator
 import os
 import sys
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from quill.cli import did_you_mean
-from quill.data.corpora import CORPORA, locate
+from quill.data.corpora import CORPORA, Corpus, locate
 from quill.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, code_points, from_json
 from quill.errors import UserError
 from quill.files import replacing
 
 FORMAT = 1
-CHUNK = 2**20  # bytes of text held at a time: a text of any length is read in little memory
-LONGEST_DOCUMENT = 2**24  # characters; a document is held whole
-HASHED_BYTES = 2**28  # a larger .bin is checked by its size alone: hashing it would delay every start
+CHUNK = 2**20  # bytes of text in memory at a time, so that a text of any length can be read
+LONGEST_DOCUMENT = 2**24  # characters; a document is in memory as a whole
+HASHED_BYTES = 2**28  # only the size of a larger .bin is checked: hashing it would delay every start
+
+
+class Digest(Protocol):
+    """A hash object, as from hashlib.sha256()."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add `data` to what is hashed."""
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """A prepared dataset. Its splits are memory-mapped token files (tokens,), uint16 or uint32."""
+
     name: str
     tokenizer: Tokenizer
-    documents: bool
-    train: np.memmap  # (tokens,) uint16 or uint32
+    is_documents: bool
+    train: np.memmap
     val: np.memmap
-    meta: dict
+    meta: dict[str, Any]  # the values of meta.json
 
 
 # ---------------------------------------------------------------- writing
 
 
-def ensure(dataset, data_dir="data", say=lambda line: print(line, file=sys.stderr)):
-    """Prepare `dataset` if it is a known corpus that isn't there yet."""
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def prepare_if_missing(dataset: str, data_dir: str | Path = "data", say: Callable[[str], None] = _say) -> None:
+    """Prepare the known corpus `dataset` if it has not been prepared yet; `say` announces it with a line.
+
+    Nothing happens if `dataset` is not the name of a known corpus.
+    """
     if dataset in CORPORA and not os.path.isfile(Path(data_dir) / dataset / "meta.json"):
         say(f"{dataset} is not prepared yet: writing it to {Path(data_dir) / dataset}")
         prepare_corpus(CORPORA[dataset], data_dir)
 
 
-def prepare_corpus(corpus, data_dir="data", input=""):
-    """Find the text of a known corpus, and prepare it. → meta.json's values"""
-    out = Path(data_dir) / corpus.name
-    return prepare(
-        locate(corpus, input, data_dir), out, corpus.tokenizer, corpus.documents, corpus.url or f"data/{corpus.file}"
-    )
+def prepare_corpus(corpus: Corpus, data_dir: str | Path = "data", input: str = "") -> dict[str, Any]:
+    """Locate the text of a known corpus and prepare it as `data_dir`/<its name>. Returns the values of meta.json."""
+    source = locate(corpus, input, data_dir)
+    name = corpus.url or f"data/{corpus.file}"
+    return prepare(source, Path(data_dir) / corpus.name, corpus.tokenizer, corpus.is_documents, name)
 
 
-def prepare(source, out, tokenizer="char", documents=False, name=""):
-    """The text file `source` → token files in the folder `out`, replacing those that it holds. → meta.json's values
+def prepare(
+    source: str | Path, out: str | Path, tokenizer: str = "char", is_documents: bool = False, name: str = ""
+) -> dict[str, Any]:
+    """Write the UTF-8 text file `source` as token files in the folder `out`, replacing those that it holds.
 
-    tokenizer: "char" or "byte". documents: every line is a document. name: what to call the source in meta.json.
-    The text is read twice: first for its vocabulary and length, then to be encoded.
+    The text is read twice: first for its vocabulary and length, then to encode it.
+
+    Args:
+        source: the text file. A byte-order mark is dropped, and every kind of line end is read as a newline.
+        out: the dataset's folder.
+        tokenizer: "char" or "byte".
+        is_documents: every line is a document.
+        name: the name of the source in meta.json; by default its file name.
+
+    Returns:
+        The values of meta.json.
+
+    Raises:
+        UserError: `source` can't be read, is not UTF-8, is too short, or changes while it is read.
     """
     source, out = Path(source), Path(out)
-    if not os.path.isfile(source):  # unlike Path.is_file, it answers for what it may not look at too
-        raise UserError(
-            f"{source}: {'not a regular file' if os.path.exists(source) else 'no such file'}; --input=FILE names a text"
-        )
+    if not os.path.isfile(source):  # unlike Path.is_file, it is False without the permission to look
+        reason = "not a regular file" if os.path.exists(source) else "no such file"
+        raise UserError(f"{source}: {reason}; --input=FILE names a text")
     with tqdm(total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
-        text, digest = TextFile(source, documents, bar), hashlib.sha256()
-        tokenizer, tokens, moved = survey(text, tokenizer, digest)
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
+        text, digest, again = TextFile(source, is_documents, bar), hashlib.sha256(), hashlib.sha256()
+        scan = scan_text(text, tokenizer, digest)
+        dtype = np.dtype("<u2" if scan.tokenizer.vocab_size <= 65_535 else "<u4")
         with replacing(out / "train.bin", out / "val.bin", out / "meta.json", shared=True) as (train, val, meta):
             splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
-            for piece in text.pieces(again := hashlib.sha256()):
-                if documents:
-                    val_side = in_val(piece, moved)
-                    ids = [tokenizer.encode(joined(compress(piece, side))) for side in (~val_side, val_side)]
-                else:
-                    ids = tokenizer.encode(piece)
-                    ids = np.split(ids, [max(0, tokens * 9 // 10 - splits["train"].tokens)])
-                for split, part in zip(splits.values(), ids, strict=True):
-                    split.write(part)
+            for train_ids, val_ids in encode_splits(text, scan, again):
+                splits["train"].write(train_ids)
+                splits["val"].write(val_ids)
             if again.digest() != digest.digest():
                 raise UserError(f"{source}: changed while it was read; run the command again")
             values = {
                 "format": FORMAT,
-                "tokenizer": tokenizer.to_json(),
+                "tokenizer": scan.tokenizer.to_json(),
                 "dtype": dtype.name,
-                "documents": documents,
+                "documents": is_documents,
                 "splits": {name: split.describe() for name, split in splits.items()},
                 "source": {"name": name or source.name, "sha256": digest.hexdigest()},
             }
@@ -103,59 +131,88 @@ def prepare(source, out, tokenizer="char", documents=False, name=""):
     return values
 
 
-def survey(text, kind, digest):
-    """The first reading. → tokenizer, number of tokens, the document that changes sides or None"""
+@dataclass(frozen=True)
+class Scan:
+    """What the first reading of a text finds out."""
+
+    tokenizer: Tokenizer
+    tokens: int  # without BOS
+    moved: str | None  # the document that changes sides because a split would be empty otherwise
+
+
+def scan_text(text: TextFile, kind: str, digest: Digest) -> Scan:
+    """Read a text for the first time, for the vocabulary of its `kind` of tokenizer and its number of tokens.
+
+    Raises:
+        UserError: there is too little text for two splits.
+    """
     known, tokens = np.zeros(sys.maxunicode + 1, bool), 0
-    filled, ends = set(), []  # the splits that have a document; the first and the last document in sorted order
+    sides: set[bool] = set()  # the splits that get a document
+    ends: list[str] = []  # the first and the last document in sorted order
     for piece in text.pieces(digest):
-        if text.documents:
-            if len(filled) < 2:
-                filled |= set(in_val(piece).tolist())
+        if isinstance(piece, list):
+            if len(sides) < 2:
+                sides |= set(in_val(piece).tolist())
                 ends = [min(piece + ends), max(piece + ends)]
-            piece = joined(piece)
+            piece = join_documents(piece)
         if kind == "char":
             codes = code_points(piece)
-            if not known.take(codes).all():  # cheaper than to mark what is known already
+            if not known.take(codes).all():  # reading `known` is faster than writing to it
                 known[codes] = True
         tokens += len(piece) if kind == "char" else len(piece.encode())
     if tokens == 0:
         raise UserError(f"{text.path}: there is no text in it")
-    if text.documents and len(set(ends)) == 1:
-        raise UserError(f"{text.path}: holds one document, but train and val need two that differ")
+    if text.is_documents and len(set(ends)) == 1:
+        raise UserError(f"{text.path}: holds one distinct document, but train and val need two that differ")
     if tokens == 1:
-        raise UserError(f"{text.path}: holds one token, but train and val need two at least")
+        raise UserError(f"{text.path}: holds one token, but train and val need at least one each")
     chars = map(chr, np.flatnonzero(known))
-    tokenizer = CharTokenizer(chars, text.documents) if kind == "char" else ByteTokenizer(text.documents)
-    return tokenizer, tokens, ends[1] if len(filled) == 1 else None
+    tokenizer = CharTokenizer(chars, text.is_documents) if kind == "char" else ByteTokenizer(text.is_documents)
+    return Scan(tokenizer, tokens, ends[1] if len(sides) == 1 else None)
 
 
-def in_val(documents, moved=None):
-    """Which of `documents` are for validation, (len(documents),) bool.
+def encode_splits(text: TextFile, scan: Scan, digest: Digest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read a text for the second time and yield its ids in pieces, (those for training, those for validation)."""
+    train_left = scan.tokens * 9 // 10  # of a stream
+    for piece in text.pieces(digest):
+        if isinstance(piece, list):
+            val_side = in_val(piece, scan.moved)
+            train, val = (join_documents(compress(piece, side)) for side in (~val_side, val_side))
+            yield scan.tokenizer.encode(train), scan.tokenizer.encode(val)
+        else:
+            ids = scan.tokenizer.encode(piece)
+            yield ids[:train_left], ids[train_left:]
+            train_left = max(0, train_left - len(ids))
 
-    `moved`, if any, is the one that changes sides because a split would be empty otherwise.
-    """
+
+def in_val(documents: list[str], moved: str | None = None) -> np.ndarray:
+    """Which of `documents` are for validation, (len(documents),) bool. `moved`, if any, is on the other side."""
     sums = np.fromiter(map(zlib.crc32, map(str.encode, documents)), np.uint32, len(documents))
     return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
 
 
-def joined(documents):
-    """Documents → the text that a tokenizer of documents encodes as `BOS a b c BOS d e …`."""
+def join_documents(documents: Iterable[str]) -> str:
+    """Join documents to the text that a tokenizer encodes as `BOS a b c BOS d e …`."""
     return "\n".join(["", *documents])
 
 
 class TextFile:
-    """A UTF-8 file, read in pieces: of text, with \\n at the end of every line, or lists of documents."""
+    """A UTF-8 text file, read in pieces. Line ends of every kind become newlines; a byte-order mark is dropped."""
 
-    def __init__(self, path, documents, bar):
-        self.path, self.documents, self.bar = path, documents, bar
+    def __init__(self, path: Path, is_documents: bool, bar: tqdm) -> None:
+        """bar: the progress bar that is told of the bytes read."""
+        self.path, self.is_documents, self.bar = path, is_documents, bar
 
-    def pieces(self, digest):
-        """Yield the file's pieces, none of them empty. The file's bytes go to `digest`."""
-        if not self.documents:
-            yield from self.text(digest)
+    def pieces(self, digest: Digest) -> Iterator[str | list[str]]:
+        """Read the file and yield its pieces, none of them empty: of a stream text, else lists of documents.
+
+        The bytes of the file are added to `digest`.
+        """
+        if not self.is_documents:
+            yield from self.decoded(digest)
             return
         rest = ""
-        for text in self.text(digest):
+        for text in self.decoded(digest):
             *lines, rest = (rest + text).split("\n")
             if len(rest) > LONGEST_DOCUMENT:
                 raise UserError(f"{self.path}: a line is longer than {LONGEST_DOCUMENT:,} characters; see --documents")
@@ -164,7 +221,12 @@ class TextFile:
         if rest.strip():
             yield [rest]
 
-    def text(self, digest):
+    def decoded(self, digest: Digest) -> Iterator[str]:
+        """Read the file and yield its text in pieces, none of them empty; add its bytes to `digest`.
+
+        Raises:
+            UserError: the file can't be read, or is not UTF-8; the message has the byte and the line.
+        """
         newlines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         at, chunk = 0, b"-"
         try:
@@ -178,45 +240,51 @@ class TextFile:
                         yield text
                     self.bar.update(len(chunk))
         except UnicodeDecodeError as error:
-            # error.object ends where the file has been read to, and may begin in an earlier chunk.
+            # error.object ends at byte `at` of the file, but it may begin in an earlier chunk.
             at += error.start - len(error.object)
             raise UserError(
-                f"{self.path}: not UTF-8 at byte {at} (line {self.line(at)}): {error.reason}; save it as UTF-8"
+                f"{self.path}: not UTF-8 at byte {at} (line {self.line_number(at)}): {error.reason}; save it as UTF-8"
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: can't be read: {error.strerror}") from None
 
-    def line(self, at):
-        """The number of the line that holds byte `at`."""
+    def line_number(self, at: int) -> int:
+        """The number of the line that holds byte `at`, from 1."""
+        newlines, line = io.IncrementalNewlineDecoder(None, translate=True), 1
         with open(self.path, "rb") as file:
-            chunks = (file.read(min(CHUNK, at - start)).decode("latin-1") for start in range(0, at, CHUNK))
-            newlines = io.IncrementalNewlineDecoder(None, translate=True)
-            return (
-                1 + sum(newlines.decode(chunk).count("\n") for chunk in chunks) + newlines.decode("", True).count("\n")
-            )
+            for start in range(0, at, CHUNK):
+                line += newlines.decode(file.read(min(CHUNK, at - start)).decode("latin-1")).count("\n")
+        return line + newlines.decode("", True).count("\n")
 
 
 class TokenFile:
-    """A .bin being written."""
+    """A .bin file that is being written."""
 
-    def __init__(self, file, dtype):
+    def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
+        """Start an empty split of the given type in `file`."""
         self.file, self.dtype, self.tokens, self.digest = file, dtype, 0, hashlib.sha256()
 
-    def write(self, ids):
+    def write(self, ids: np.ndarray) -> None:
+        """Append `ids` (T,)."""
         ids = ids.astype(self.dtype)
-        self.file.write(ids)
-        self.digest.update(ids)
+        self.file.write(ids.data)
+        self.digest.update(ids.data)
         self.tokens += len(ids)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
+        """The split's entry in meta.json."""
         return {"tokens": self.tokens, "sha256": self.digest.hexdigest()}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def open_dataset(data_dir, dataset):
-    """Open `data_dir`/`dataset`, all of it verified: a UserError says what is wrong and how to mend it."""
+def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
+    """Open `data_dir`/`dataset` and verify it against its meta.json.
+
+    Raises:
+        UserError: the dataset is missing or damaged. The message ends with the command that writes it again.
+    """
     folder = Path(data_dir) / dataset
     command = f"python prepare.py {dataset if dataset in CORPORA else f'--input=FILE --dataset={dataset}'}"
     command = f"`{command}`" if Path(data_dir) == Path("data") else f"`{command} --data_dir={data_dir}`"
@@ -231,32 +299,32 @@ def open_dataset(data_dir, dataset):
             raise UserError(f"format {meta['format']} is newer than {FORMAT}, which this quill reads: update it")
         dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
         tokenizer = from_json(meta["tokenizer"])
-        if meta["documents"] is not tokenizer.documents:
+        if meta["documents"] is not tokenizer.is_documents:
             raise ValueError("documents and tokenizer contradict each other")
         expected = [(name, operator.index(split["tokens"]), split["sha256"]) for name, split in meta["splits"].items()]
         if [name for name, _, _ in expected] != ["train", "val"]:
             raise ValueError("the splits are not train and val")
-        splits = []
+        splits = {}
         for name, tokens, sha256 in expected:
             path = folder / f"{name}.bin"
-            splits.append(open_split(path, dtype, tokens, sha256, tokenizer.vocab_size))
+            splits[name] = open_split(path, dtype, tokens, sha256, tokenizer.vocab_size)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {command} writes it again") from None
     except UserError as error:
         raise UserError(f"{path}: {error}; {command} writes it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {command} writes it again") from None
-    return Dataset(dataset, tokenizer, tokenizer.documents, *splits, meta)
+    return Dataset(dataset, tokenizer, tokenizer.is_documents, splits["train"], splits["val"], meta)
 
 
-def open_split(path, dtype, tokens, sha256, vocab_size):
-    """A .bin, memory-mapped (tokens,). A UserError says how it is not what meta.json describes."""
+def open_split(path: Path, dtype: np.dtype, tokens: int, sha256: str, vocab_size: int) -> np.memmap:
+    """Memory-map a .bin file, (tokens,). A UserError says how it differs from what meta.json says of it."""
     size = path.stat().st_size
     if size == 0 or size != tokens * dtype.itemsize:
         raise UserError(f"has {size:,} bytes, but meta.json says {tokens:,} tokens of {dtype.itemsize} bytes")
     ids = np.memmap(path, dtype, mode="r")
     if size <= HASHED_BYTES:
-        if hashlib.sha256(ids).hexdigest() != sha256:
+        if hashlib.sha256(ids.data).hexdigest() != sha256:
             raise UserError("its SHA-256 is not the one in meta.json")
         if (largest := ids.max()) >= vocab_size:
             raise UserError(f"holds the id {largest}, but the vocabulary in meta.json has {vocab_size}")
