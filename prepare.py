@@ -8,6 +8,9 @@
 A known corpus is read from --input, from the folder $QUILL_CORPORA or from an earlier download; else it is downloaded.
 """
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import re
 from pathlib import Path
 from typing import Any

@@ -9,6 +9,9 @@
 of documents scores each line and its end. Any other model scores the text as if it followed a newline.
 """
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,7 @@ from quill.machine import Machine, memory_limits, pick_machine
 from quill.options import SampleConfig
 
 DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that --score does not take
+LONGEST_TEXT = 2**26  # bytes of a file in --start or --score
 COLDEST = 1e-6  # lowest temperature of --score: below it, logits / temperature may be too large for float32
 
 
@@ -87,7 +91,11 @@ def read_text(key: str, value: str) -> str:
         return value
     path = Path(value.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:  # may be a pipe
+            data = file.read(LONGEST_TEXT + 1)
+        if len(data) > LONGEST_TEXT:
+            raise UserError(f"--{key}={value}: longer than {LONGEST_TEXT // 2**20} MiB")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--{key}={value}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
@@ -184,10 +192,10 @@ def main(argv: list[str]) -> None:
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
     text, ids, characters = encode_text(tokenizer, config, is_score, path)
-    machine = pick_machine(config)
+    machine = pick_machine(config, saved_threads=state.get("threads"))
     with memory_limits(machine):
         # The weights themselves are converted to half precision: most of the time per token goes into reading them.
-        model = cpu.speed_up(checkpoint.load_model(state, path).to(machine.device, machine.dtype))
+        model = cpu.speed_up(checkpoint.load_model(state).to(machine.device, machine.dtype))
         if is_score:
             print_score(model, tokenizer, ids, characters, config, machine)
         else:

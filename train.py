@@ -10,11 +10,13 @@ Options come from defaults < config file < flags. A run writes last.pt, best.pt 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import math
 import signal
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ import torch
 from model import GPT
 from quill import checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
-from quill.data.batches import Batches, derive_seed
-from quill.data.token_files import Dataset, open_dataset, prepare_if_missing
+from quill.data.batches import DATA_ORDER, Batches, derive_seed
+from quill.data.splits import Splits, note_capped_evaluation, open_splits
 from quill.describe import describe
 from quill.distributed import ProcessGroup, parallelize
 from quill.errors import UserError
@@ -32,6 +34,7 @@ from quill.machine import Machine, StopSignals, compile_model, memory_limits, pi
 from quill.observers import Observers
 from quill.optimizer import lr_multiplier
 from quill.options import TrainConfig
+from quill.run_folder import RunFolder, folder_of, what_is_kept
 from quill.scoring import perplexity
 from quill.state import TrainState
 
@@ -88,7 +91,7 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
     total = machine.group.sum(total)
     loss = (total[0] / total[1]).item()
     if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}: stopped; the checkpoint before it is kept")
+        raise UserError(f"the validation loss is {loss}: stopped; {what_is_kept(config.out_dir)}")
     return loss
 
 
@@ -103,7 +106,7 @@ def save(state: TrainState, better: bool) -> None:
 
 
 def train(
-    state: TrainState, data: Data, config: TrainConfig, machine: Machine, observers: Observers, stop: StopSignals
+    state: TrainState, data: Splits, config: TrainConfig, machine: Machine, observers: Observers, stop: StopSignals
 ) -> int:
     """Train until max_iters, patience or a signal ends the run. → exit code"""
     progress, group = state.progress, machine.group
@@ -141,67 +144,30 @@ def train(
 # ---------------------------------------------------------------- set-up
 
 
-@dataclass(frozen=True)
-class Data:
-    """The dataset of a run, and the batches of its two splits for this rank."""
-
-    dataset: Dataset
-    train_batches: Batches
-    val_batches: Batches
-
-
-def open_data(config: TrainConfig, machine: Machine) -> Data:
-    """Prepare the dataset if it is a known corpus, and open it. A UserError if it does not fit the options."""
-    group = machine.group
-    group.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
-    dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
-    rows = config.batch_size * config.gradient_accumulation_steps
-    if rows % group.world_size:
-        raise UserError(
-            f"--batch_size={config.batch_size} × --gradient_accumulation_steps={config.gradient_accumulation_steps} "
-            f"is not divisible by the {group.world_size} processes"
-        )
-    bos, batches = dataset.tokenizer.bos, []
-    for name, tokens in (("train", dataset.train), ("val", dataset.val)):
-        if bos is None and len(tokens) <= config.block_size:
-            raise UserError(
-                f"the {name} split of {config.dataset} has {len(tokens)} tokens, too few for "
-                f"--block_size={config.block_size}: use a smaller one or a longer text"
-            )
-        settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
-        settings |= {"device": machine.device, "rank": group.rank, "world_size": group.world_size}
-        batches.append(Batches(tokens, bos, config.block_size, **settings))
-    return Data(dataset, *batches)
-
-
-def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
-    """Say so if --eval_iters leaves out a part of the validation split."""
-    _, lengths = batches.validation_rows()
-    rows = config.eval_iters * config.batch_size
-    if 0 < rows < len(lengths):
-        covered = f"{lengths[:rows].sum():,} of {lengths.sum():,}"
-        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} tokens only")
-
-
-def run_training(state: TrainState, data: Data, config: TrainConfig, machine: Machine) -> int:
+def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: Machine, folder: RunFolder) -> int:
     """Take out_dir, compile and distribute the model, and train it under observation. → exit code"""
     if state.scaler.is_enabled() and config.optimizer == "muon":
         raise UserError("--optimizer=muon: not in float16, where steps overflow; use --dtype=float32 or bfloat16")
-    machine.group.on_rank_0(checkpoint.lock_out_dir, config)
+    data.train_batches.global_batch(state.progress.step)  # what does not fit into memory must not cost another run
+    machine.group.on_rank_0(folder.take, config)
     compiled = compile_model(state.model, data.train_batches, config.compile, machine)
     state.train_model = parallelize(compiled, machine.group)
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
+    reason = f" ({machine.threads_reason})" if machine.threads_reason else ""
     observers.say(
-        f"{state.model.num_params():,} parameters on {machine.name}, {str(machine.dtype).removeprefix('torch.')}; "
+        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {str(machine.dtype).removeprefix('torch.')}; "
         f"{len(data.dataset.train):,} tokens to train on, {len(data.dataset.val):,} to evaluate on"
     )
     with StopSignals() as stop, observers:
         return train(state, data, config, machine, observers, stop)
 
 
-def start(config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine) -> int:
+def start(
+    config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine, folder: RunFolder
+) -> int:
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
-    data = open_data(config, machine)
+    is_resume = saved is not None and config.init_from == "resume"
+    data = open_splits(config, machine, saved["data_order"] if is_resume else DATA_ORDER)
     if saved is not None:
         checkpoint.check_vocabulary(saved, data.dataset)
     if config.dry_run:
@@ -216,7 +182,7 @@ def start(config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | No
     if state.progress.step >= config.max_iters:
         note(f"note: {config.out_dir} is at step {state.progress.step} already; to continue, raise --max_iters")
         return 0
-    return run_training(state, data, config, machine)
+    return run_training(state, data, config, machine, folder)
 
 
 def print_on_rank_0(text: str, machine: Machine) -> int:
@@ -235,12 +201,15 @@ def main(argv: list[str]) -> int:
     if len(positional) > 1:
         raise UserError(f"one config file, please, not {len(positional)}: {' '.join(positional)}")
     from_file = read_config_file(positional[0], TrainConfig) if positional else {}
-    group = ProcessGroup.from_environment()
-    with group.connected():
-        config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags)
-        machine = group.on_all_ranks(pick_machine, config, group)
+    given, group = from_file | flags, ProcessGroup.from_environment()
+    with group.connected(), ExitStack() as stack:
+        folder = group.on_all_ranks(folder_of, given)
+        if not (given.get("eval_only") or given.get("dry_run")):
+            group.on_rank_0(stack.enter_context, folder.locked())
+        config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags, folder)
+        machine = group.on_all_ranks(pick_machine, config, group, saved and saved.get("threads"))
         with memory_limits(machine):
-            return start(config, flags, saved, machine)
+            return start(config, flags, saved, machine, folder)
 
 
 if __name__ == "__main__":

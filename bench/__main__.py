@@ -14,6 +14,9 @@ its own, and the ratio is taken between neighbours: absolute times drift from ho
 A bench prints medians and ranges, and writes all figures to out/bench as JSON.
 """
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import json
 from dataclasses import fields, replace
 from pathlib import Path

@@ -10,6 +10,8 @@ can't run code. Its checksums are verified. It is written whole or not at all. I
     model, ema              the weights, and their moving average or None
     optimizers, scaler      their state_dicts
     step, best_val_loss, evals_since_best, losses, seconds      Progress in quill/state.py
+    data_order              which order of the data the run follows: see quill/data/batches.py (since format 2)
+    threads                 CPU threads, which decide how sums are rounded; None where unknown (since format 2)
 """
 
 from __future__ import annotations
@@ -21,21 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from model import GPT
 from quill.cli import note
 from quill.data.token_files import Dataset
 from quill.errors import UserError
-from quill.files import lock_folder, replacing
+from quill.files import replacing
 from quill.interop import NANOGPT_KEYS, from_nanogpt
 from quill.options import ModelConfig, TrainConfig
+from quill.run_folder import RunFolder, what_is_kept
+from quill.schema import check_to_resume, check_to_sample
 
-FORMAT = 1
+FORMAT = 2
 # The options that a run's weights fix.
 ARCHITECTURE_KEYS = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}
 SAMPLE_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
-RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best"}
+RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best", "data_order", "threads"}
+FORMAT_1 = {"data_order": 1, "threads": None}  # what a checkpoint of format 1 means by the keys that it lacks
 
 
 # ---------------------------------------------------------------- the file
@@ -51,7 +55,7 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
                 # torch's zip writer raises an error of its own while it handles a failed write.
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     except UserError as error:
-        raise UserError(f"{error}; what {path} held is kept") from None
+        raise UserError(f"{error}; {what_is_kept(Path(path).parent)}") from None
 
 
 def load(path: Path | str) -> dict[str, Any]:
@@ -62,15 +66,17 @@ def load(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     state = _read(path)
     if isinstance(state, dict) and state.keys() >= NANOGPT_KEYS:
-        return {"format": FORMAT, **from_nanogpt(state, path)}
+        state = {"format": FORMAT, **from_nanogpt(state, path)}
+        check_to_sample(state, path)
+        return state
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: not a checkpoint of quill's or nanoGPT's")
-    if not isinstance(state["format"], int) or state["format"] > FORMAT:
-        raise UserError(f"{path}: format {state['format']}, but this quill reads up to {FORMAT}; update quill")
+    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
+        raise UserError(f"{path}: format {state['format']!r}, but this quill reads up to {FORMAT}; update quill")
+    if state["format"] == 1:
+        state = FORMAT_1 | state
     _require(state, SAMPLE_KEYS, path)
-    for key, kind, name in (("config", dict, "a dict"), ("vocab_size", int, "an int"), ("model", dict, "a dict")):
-        if not isinstance(state[key], kind):
-            raise UserError(f"{path}: damaged: {key} must be {name}, not {type(state[key]).__name__}")
+    check_to_sample(state, path)
     return state
 
 
@@ -97,14 +103,11 @@ def _require(state, keys, path):
         raise UserError(f"{path}: not a whole checkpoint: {', '.join(missing)} missing")
 
 
-def load_model(state: dict[str, Any], path: Path | str) -> GPT:
+def load_model(state: dict[str, Any]) -> GPT:
     """The model of a loaded checkpoint, on the CPU, with its averaged weights where it has them."""
-    try:
-        config = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
-        model = GPT(ModelConfig(**config), state["vocab_size"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the shape of its model makes no sense: {str(error).splitlines()[0]}") from None
-    load_weights(model, weights_to_sample(state), path)
+    config = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
+    model = GPT(ModelConfig(**config), state["vocab_size"])
+    model.load_state_dict(weights_to_sample(state))
     return model
 
 
@@ -113,43 +116,27 @@ def weights_to_sample(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state["model"] if state["ema"] is None else state["ema"]
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Copy `weights` into `model`. A UserError if they have other names or shapes, or are not finite."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: its weights do not fit its own shape: {reason[:200]}") from None
-    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-        raise UserError(f"{path}: its weights are not finite; use an earlier checkpoint")
-
-
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restore the saved moments, but keep the settings that `optimizer` has, because a resume may change them."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint's optimizer state does not fit this run: {error}") from None
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
+    groups = [own | {"params": group["params"]} for own, group in zip(settings, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 # ---------------------------------------------------------------- a run's start
 
 
 def resolve_start(
-    from_file: dict[str, Any], flags: dict[str, Any]
+    from_file: dict[str, Any], flags: dict[str, Any], folder: RunFolder
 ) -> tuple[TrainConfig, dict[str, Any], dict[str, Any] | None]:
     """The options of a config file and the flags → config, all the run's flags, the checkpoint to start from or None.
 
-    A UserError says which option contradicts the checkpoint, or that out_dir holds another run.
+    folder: the run's, locked unless nothing will be trained. A UserError says which option contradicts the checkpoint,
+    or that the folder holds another run.
     """
     given: dict[str, Any] = from_file | flags
-    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     init_from = given.get("init_from", TrainConfig.init_from)
-    # Both files hold a whole state. A run that is killed in its very first save leaves best.pt alone.
-    held = [path for path in (out_dir / "last.pt", out_dir / "best.pt") if path.is_file()]
+    held = folder.checkpoints()
     if init_from == "auto":
         init_from = "resume" if held else "scratch"
 
@@ -157,24 +144,22 @@ def resolve_start(
     if init_from == "resume":
         return _resume(from_file, flags, held)
 
-    if held and not any(given.get(key) for key in ("overwrite", "eval_only", "dry_run")):
-        raise UserError(
-            f"{held[0]} is another run's: resume it with --init_from=resume, "
-            "choose another --out_dir, or replace it with --overwrite=True"
-        )
-
     # 2. scratch: the options alone.
     if init_from == "scratch":
         given["init_from"] = "scratch"
-        return TrainConfig(**given), flags, None
+        config, state = TrainConfig(**given), None
 
     # 3. fine-tune: the checkpoint's architecture and weights. All else, the optimizer too, starts anew.
-    if init_from.startswith("gpt2"):
+    elif init_from.startswith("gpt2"):
         raise UserError(f"--init_from={init_from}: GPT-2's weights are not read; give scratch, resume or a checkpoint")
-    state = load(init_from)
-    architecture = _values(state, ARCHITECTURE_KEYS)
-    _refuse_changes(given, architecture, init_from)
-    return TrainConfig(**(given | architecture)), flags, state
+    else:
+        state = load(init_from)
+        architecture = _values(state, ARCHITECTURE_KEYS)
+        _refuse_changes(given, architecture, init_from)
+        config = TrainConfig(**(given | architecture))
+    if not (config.eval_only or config.dry_run):
+        folder.refuse_another_run(config)
+    return config, flags, state
 
 
 def _resume(from_file, flags, held):
@@ -187,6 +172,7 @@ def _resume(from_file, flags, held):
     path = held[0]
     state = load(path)
     _require(state, RESUME_KEYS, path)
+    check_to_resume(state, path)
     old_flags = {key: value for key, value in state["flags"].items() if key in from_file and key not in flags}
     for key in sorted(key for key, value in old_flags.items() if value != from_file[key]):
         note(f"note: {key}={old_flags[key]} was a flag of this run, which the config file does not undo")
@@ -211,17 +197,6 @@ def _refuse_changes(given, fixed, path):
     for key in sorted(given.keys() & fixed.keys()):
         if given[key] != fixed[key]:
             raise UserError(f"{key}={given[key]}: {path} has {key}={fixed[key]}, which can't change; leave {key} out")
-
-
-def lock_out_dir(config: TrainConfig) -> None:
-    """Lock out_dir for as long as the process lives. A fresh run deletes the files of the run that it replaces."""
-    folder = Path(config.out_dir)
-    lock_folder(folder)
-    if config.init_from != "resume":
-        for name in ("last.pt", "best.pt", "metrics.csv"):
-            (folder / name).unlink(missing_ok=True)
-        for path in folder.glob("tensorboard/events.out.tfevents.*"):
-            path.unlink()
 
 
 def check_vocabulary(state: dict[str, Any], dataset: Dataset) -> None:

@@ -16,6 +16,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell sets for commands in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # quill/start.py had one for the imports
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A corpus may hold any character, and the locale's encoding may not.
@@ -50,20 +53,44 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         drop_output()
         code = 0
     except OSError as error:
-        note(f"{name}: {error.filename or 'system'}: {error.strerror or error}")
+        where = error.filename
+        if where is None and not _flushes(sys.stdout):
+            where = "can't write to stdout"
+            drop_output()
+        note(f"{name}: {where or 'system'}: {error.strerror or error}")
         code = 2
     sys.exit(code)
 
 
 def note(text: str) -> None:
-    """Print a line on stderr; with several processes, on rank 0 only, because all of them have the same line."""
+    """Print a line on stderr; with several processes, on rank 0 only, because all of them have the same line.
+
+    Every message of quill's to a user passes here, and is one line whatever the input that it quotes. A stderr that
+    can't be written to, because it is full or closed, stops nothing.
+    """
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        with suppress(OSError, ValueError):
+            print(one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """`text` with its line ends and other control characters escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _flushes(stream):
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def drop_output() -> None:
-    """Discard everything that is written to stdout from now on."""
+    """Discard everything that is written to stdout from now on, and what it has not written yet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
 
 
 def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -113,18 +140,28 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
     path = _find_config_file(Path(path))
     try:
         names = runpy.run_path(str(path))
+    except KeyboardInterrupt:
+        raise
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a config file can raise anything
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
     values = {}
     for key, value in sorted(names.items(), key=lambda item: item[0] in RETIRED.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         values.update(resolve_option(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
     return values
+
+
+def _as_text(value, convert=str):
+    """`convert(value)`, for objects of a config file whose methods may fail."""
+    try:
+        return convert(value)
+    except Exception as error:
+        return f"<{type(value).__name__} that can't be printed: {type(error).__name__}>"
 
 
 def _find_config_file(path: Path) -> Path:
@@ -169,6 +206,16 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
         UserError: `where` (the start of the message), `key`, and the values that the option takes.
     """
     choices = typing.get_args(kind)
+    if not isinstance(value, (str, int, float, types.NoneType)):
+        raise UserError(f"{where}{key} takes a number, a text in quotes, True or False, not {_as_text(value, repr)}")
+    if any(typing.get_origin(choice) is typing.Literal for choice in choices):  # such as int | Literal["auto"]
+        kind, words = choices
+        if value in typing.get_args(words):
+            return value
+        try:
+            return coerce(value, kind, where, key)
+        except UserError as error:
+            raise UserError(f"{error}; or {' or '.join(typing.get_args(words))}") from None
     if typing.get_origin(kind) is typing.Literal:
         for choice in choices:
             if value == choice and type(value) is type(choice):
@@ -237,7 +284,7 @@ def list_configs() -> str:
     rows = []
     for path in config_files():
         try:
-            doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            doc = ast.get_docstring(ast.parse(path.read_bytes())) or ""
         except (SyntaxError, UnicodeDecodeError) as error:
             doc = f"({type(error).__name__})"
         rows.append((str(Path("config") / path.relative_to(CONFIG_DIR)), doc.partition("\n")[0]))
@@ -273,7 +320,7 @@ def _line_of(key: str, path: Path) -> int | str:
     """The number of the line on which a config file last assigns `key`; "?" if none does so by name."""
     lines = [
         node.lineno
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse(path.read_bytes()))  # bytes, because the file may name its encoding
         if isinstance(node, ast.Name) and node.id == key and isinstance(node.ctx, ast.Store)
     ]
     return max(lines, default="?")

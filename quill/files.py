@@ -1,6 +1,12 @@
-"""Atomic writes, and a lock that gives an output folder to one process."""
+"""Atomic writes, and a lock that gives a folder to one process.
+
+Nothing here writes through a symbolic link: a temporary file is always a new one, and a rename replaces the link itself.
+"""
+
+from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -10,32 +16,27 @@ from quill.errors import UserError
 
 
 @contextmanager
-def replacing(*paths: str | Path, shared: bool = False) -> Iterator[list[BinaryIO]]:
+def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
     """Write new versions of `paths`, and put them in place together when the `with` block ends.
 
-    The block gets one binary file per path. These are temporary files in the folder of the first path, which is made
+    The block gets one binary file per path. These are new temporary files in the folder of the first path, which is made
     if it does not exist. When the block ends, they are synced to the disk and renamed to `paths`. If it raises, they
-    are deleted and `paths` keep what they held.
+    are deleted and `paths` keep what they held. A process that is killed leaves them: see `remove_leftovers`.
 
     With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
     the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.
-
-    Args:
-        paths: the files to write. They are all in one folder.
-        shared: whether several processes may write the same files at the same time; each then gets temporary files
-            of its own.
 
     Raises:
         UserError: the operating system refuses a write, for example because the disk is full.
     """
     targets = [Path(path) for path in paths]
-    process = f"{os.getpid()}." if shared else ""
-    temporary = [path.with_name(f".{path.name}.{process}tmp") for path in targets]
+    token = secrets.token_hex(4)  # several processes may write the same files at the same time
+    temporary = [path.with_name(f".{path.name}.{token}.tmp") for path in targets]
     folder = targets[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            files: list[BinaryIO] = [stack.enter_context(open(path, "wb")) for path in temporary]
+            files: list[BinaryIO] = [stack.enter_context(open(path, "xb")) for path in temporary]
             yield files
             for file in files:
                 file.flush()
@@ -61,26 +62,66 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path) -> None:
-    """Make `folder` if it does not exist, and lock it for this process.
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed processes have left in `folder`. Call this under the folder's lock."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            path.unlink()
 
-    The operating system releases the lock when the process ends, also after a crash. The empty file .lock remains.
+
+def open_without_links(path: Path, flags: int) -> int:
+    """os.open, but an OSError if the last component of `path` is a symbolic link. → file descriptor"""
+    if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():  # Windows
+        raise OSError(0, "is a symbolic link", str(path))
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+@contextmanager
+def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Lock `folder` for this process while the `with` block runs. The folder is made if it does not exist.
+
+    The operating system releases the lock when the process ends, also after a crash. The empty file .lock remains, unless
+    this made the folder and the block raised without writing anything else: then both are removed.
     On Windows, and on file systems without locks, nothing is locked.
+
+    wait: wait for another process to release the lock, instead of raising.
 
     Raises:
         UserError: the folder can't be written to, or another running process has locked it.
     """
+    is_new = not folder.exists()
+    descriptor = _open_and_lock(folder, wait)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Never closed, because closing the file would release the lock.
-        descriptor = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written to: {error.strerror}") from None
-    try:
-        import fcntl
+        yield
+    except BaseException:
+        if is_new and os.listdir(folder) == [".lock"]:
+            with suppress(OSError):
+                (folder / ".lock").unlink()
+                folder.rmdir()
+        raise
+    finally:
+        os.close(descriptor)  # and with it the lock
 
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder}: another process is writing there; choose another folder") from None
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
+
+def _open_and_lock(folder, wait):
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = open_without_links(path, os.O_WRONLY | os.O_CREAT)
+        except OSError as error:
+            reason = "is a symbolic link" if path.is_symlink() else error.strerror
+            raise UserError(f"{path if path.is_symlink() else folder}: can't be written to: {reason}") from None
+        try:
+            import fcntl
+
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Another process may have removed the file between the two calls. Its lock would then be worth nothing.
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+            os.close(descriptor)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            raise UserError(f"{folder}: another process is writing there; choose another folder") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            return descriptor

@@ -60,10 +60,12 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     probs = logits.softmax(dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # float32's running sum may reach 1 too early
         ranked, order = probs.sort(dim=-1, descending=True)
-        # Keep a token as long as those before it hold less than top_p.
-        ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked >= top_p, 0.0)
+        # Keep a token as long as those before it hold less than top_p, and the likeliest in any case.
+        drop = ranked.cumsum(dim=-1) - ranked >= top_p
+        drop[:, 0] = False
+        ranked = ranked.masked_fill(drop, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 

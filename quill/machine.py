@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from quill.cli import note
+from quill.cores import cpu_quota
 from quill.data.batches import Batches
 from quill.distributed import ProcessGroup
 from quill.errors import UserError
@@ -43,6 +45,7 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     name: str
+    threads_reason: str = ""  # why a CPU has this number of threads, and how they wait
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -103,11 +106,18 @@ class StopSignals:
         return group.max(self.received)
 
 
-def pick_machine(config: Any, group: ProcessGroup = ProcessGroup()) -> Machine:  # noqa: B008 - it is frozen
-    """`config.device`, `config.dtype` → Machine. Under torchrun, each process of a node takes a GPU of its own.
+def pick_machine(
+    config: Any,
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008 - it is frozen
+    saved_threads: int | None = None,
+) -> Machine:
+    """`config.device`, `config.dtype`, `config.threads` → Machine, and set the number of torch's threads.
 
-    A UserError says which device or dtype is not available, and what to use instead.
+    Under torchrun, each process of a node takes a GPU of its own. saved_threads: those of the checkpoint, which a resume
+    keeps, because the number of threads decides how sums are rounded. A UserError says which device or dtype is not
+    available, and what to use instead.
     """
+    reason = set_threads(config.threads, saved_threads)
     device = _best_device(group) if config.device == "auto" else _device(config.device)
     if device.type == "cuda":
         device, name = _pick_gpu(device, group)
@@ -123,7 +133,28 @@ def pick_machine(config: Any, group: ProcessGroup = ProcessGroup()) -> Machine: 
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device)
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--dtype=float16 is for GPUs; use --dtype=float32 or --dtype=bfloat16 on a CPU")
-    return Machine(device=device, dtype=dtype, name=name, group=group)
+    return Machine(
+        device=device, dtype=dtype, name=name, threads_reason=reason if device.type == "cpu" else "", group=group
+    )
+
+
+def set_threads(option: int | str, saved: int | None = None) -> str:
+    """Set the number of torch's CPU threads. → why this number, and how the threads wait
+
+    option: --threads. saved: the number in the checkpoint that a run starts from.
+    """
+    if option != "auto":
+        threads, reason = int(option), f"--threads={option}"
+    elif "OMP_NUM_THREADS" in os.environ:
+        threads, reason = torch.get_num_threads(), "OMP_NUM_THREADS"
+    elif saved is not None:
+        threads, reason = saved, "as in the checkpoint"
+    else:
+        threads, reason = min(torch.get_num_threads(), math.ceil(min(cpu_quota(), 2.0**16))), "one for each core"
+    torch.set_num_threads(threads)
+    if threads > 1 and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        reason += "; they wait passively, because other programs use the cores"
+    return reason
 
 
 def _pick_gpu(device, group):

@@ -26,6 +26,9 @@ def option(
     return field(default=default, metadata={"help": help, "at_least": at_least, "above": above, "below": below})
 
 
+TEXTS = ("start", "score")  # options that are any text, and not a name or a path
+
+
 class Checked:
     """Base class of all groups: checks each value's range at construction, then the groups' own rules."""
 
@@ -35,11 +38,23 @@ class Checked:
         """Raise a UserError that names the flag if a value is out of range or contradicts another one."""
         for f in fields(self):  # pyright: ignore[reportArgumentType]  # every subclass is a dataclass
             value = getattr(self, f.name)
-            if value is not None and not isinstance(value, (str, bool)):
+            if isinstance(value, str) and f.name not in TEXTS:
+                _check_text(f.name, value)
+            elif value is not None and not isinstance(value, (str, bool)):
                 _check_range(f.name, value, **{key: f.metadata[key] for key in ("at_least", "above", "below")})
         for group in type(self).__mro__:
             if "_check_group" in vars(group):
                 group._check_group(self)
+
+
+def _check_text(name: str, value: str) -> None:
+    """Names and paths go into file names, checkpoints and meta.json, which take UTF-8 without null characters."""
+    try:
+        wrong = "\0" in value or not value.encode()
+    except UnicodeEncodeError:
+        wrong = True
+    if wrong and value:
+        raise UserError(f"--{name}={value}: must be UTF-8 text without null characters")
 
 
 def _check_range(name: str, value: float, at_least: float | None, above: float | None, below: float | None) -> None:
@@ -190,6 +205,9 @@ class SystemConfig(Checked):
     HEADING: ClassVar[str] = "The machine"
 
     device: str = option("auto", "auto | cpu | cuda | cuda:1 | mps")
+    threads: int | Literal["auto"] = option(
+        "auto", "CPU threads; auto is OMP_NUM_THREADS, else a resumed run's, else one for each core", at_least=1
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type of matrix products")
 
 

@@ -11,12 +11,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import GPT
 from quill import checkpoint, cpu
-from quill.data.batches import derive_seed
+from quill.data.batches import DATA_ORDER, derive_seed
 from quill.data.tokenizers import Tokenizer
 from quill.errors import UserError
 from quill.machine import Machine
 from quill.optimizer import make_optimizers
 from quill.options import TrainConfig
+from quill.run_folder import what_is_kept
+from quill.schema import check_moments
 
 
 @dataclass
@@ -46,12 +48,12 @@ class TrainState:
         saved: dict[str, Any] | None = None,
     ):
         self.config, self.flags, self.tokenizer, self.machine = config, flags, tokenizer, machine
-        self.progress = Progress()
+        self.progress, self.data_order = Progress(), DATA_ORDER
         torch.manual_seed(derive_seed("init", config.seed))
         self.model = GPT(config, tokenizer.vocab_size)
         # 1. resume: all of the run's state, below. 2. scratch: as initialised. 3. fine-tune: the weights alone, here.
         if saved is not None and config.init_from != "resume":
-            checkpoint.load_weights(self.model, checkpoint.weights_to_sample(saved), config.init_from)
+            self.model.load_state_dict(checkpoint.weights_to_sample(saved))
         cpu.speed_up(self.model.to(machine.device))
         self.train_model: Any = self.model
         self.ema: Any = None
@@ -79,17 +81,22 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "data_order": self.data_order,
+            "threads": torch.get_num_threads() if self.machine.device.type == "cpu" else None,
             **asdict(self.progress),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. The options and the flags stay those that this run was given."""
         self.progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
-        checkpoint.load_weights(self.model, saved["model"], self.config.out_dir)
+        self.data_order = saved["data_order"]
+        self.model.load_state_dict(saved["model"])
         if self.ema is not None:
-            checkpoint.load_weights(self.ema.module, saved["ema"], self.config.out_dir)
+            self.ema.module.load_state_dict(saved["ema"])
             self.ema.n_averaged.fill_(self.progress.step)
-        for (optimizer, _), moments in zip(self.optimizers, saved["optimizers"], strict=True):
+        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        check_moments(optimizers, saved["optimizers"], self.progress.step, self.config.out_dir)
+        for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
             checkpoint.load_optimizer(optimizer, moments)
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -102,7 +109,8 @@ class TrainState:
         pairs = torch.stack([torch.stack(pair) for pair in self.pending]).cpu()
         self.pending.clear()
         pairs[:, 0] = self.machine.group.sum(pairs[:, 0].contiguous())  # each rank has its share of the loss
-        advice = "stopped, and the checkpoint before it is kept; try a lower --learning_rate or a smaller --grad_clip"
+        kept = what_is_kept(self.config.out_dir)
+        advice = f"stopped; {kept}; try a lower --learning_rate or a smaller --grad_clip"
         for step, (loss, norm) in enumerate(pairs.tolist(), self.progress.step - len(pairs) + 1):
             # A scaler skips a step that overflows, and lowers its scale.
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):

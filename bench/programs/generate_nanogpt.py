@@ -4,6 +4,10 @@ As in its sample.py, a GPU computes in half precision by autocast and a CPU in f
 """
 
 import contextlib
+
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import json
 import sys
 from typing import Any

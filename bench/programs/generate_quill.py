@@ -1,5 +1,8 @@
 """Generate with quill's model and random weights, as sample.py does. Prints tokens per second."""
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import json
 import sys
 from functools import partial

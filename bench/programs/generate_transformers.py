@@ -3,6 +3,9 @@
 A GPU computes in `dtype`, a CPU in float32, where transformers is faster.
 """
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import json
 import sys
 from typing import Any

@@ -3,6 +3,9 @@
 Prints the loss of each step.
 """
 
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - first: see there
+
 import json
 import sys
 from typing import Any

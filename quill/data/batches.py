@@ -3,14 +3,15 @@
 A batch is `(x, y)`, both (B, T) int64. `y` is `x` shifted by one, and -1 where nothing is predicted.
 
 A *row* is the piece of a token file that fills one row of a batch. It is given by its start and by its length, the
-number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset that each epoch draws
-anew. A document fills a row by itself, or several rows if it is longer than block_size; two documents never share one.
+number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset of the epoch's own; over
+the epochs the offset takes every possible value, so that every token is predicted. A document fills a row by itself, or several rows if it is longer than block_size; two documents never share one.
 Every row is used once per epoch, in an order that each epoch draws anew.
 
 Shapes: N tokens in a file, R rows, B rows in a batch, T = block_size.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -20,6 +21,8 @@ import torch
 
 Rows = tuple[np.ndarray, np.ndarray]  # starts and lengths, (R,) each
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x and y, (B, T) each, and the number of tokens that they predict
+
+DATA_ORDER = 2  # of new runs. 1 (quill 0.1): a stream's last tokens were out of reach of every offset
 
 ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
@@ -52,6 +55,20 @@ def document_rows(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
     return np.repeat(starts, pieces) + piece * block_size, np.minimum(block_size, lengths)
 
 
+def stream_offset(seed: int, epoch: int, slack: int, block_size: int, data_order: int) -> int:
+    """The offset from which `epoch` cuts a stream, 0 ≤ offset ≤ slack. slack: the tokens that an epoch leaves out.
+
+    It moves by nearly the golden section of its range. So it takes each value once in slack + 1 epochs, and after a few
+    epochs no gap in the range is large.
+    """
+    if data_order == 1:
+        return derive_seed("phase", seed, epoch) % (min(slack, block_size - 1) + 1)
+    stride = round(0.618034 * (slack + 1))
+    while math.gcd(stride, slack + 1) > 1:
+        stride += 1
+    return (derive_seed("phase", seed, 0) + epoch * stride) % (slack + 1)
+
+
 class Batches:
     """The batches of one split, for one rank.
 
@@ -70,6 +87,7 @@ class Batches:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        data_order: int = DATA_ORDER,
     ) -> None:
         """Find the rows of a split, and copy it to the device if it is small.
 
@@ -83,11 +101,12 @@ class Batches:
             device: where batches are put.
             rank: which rank this is, from 0.
             world_size: the number of ranks.
+            data_order: DATA_ORDER, or 1 for a run that quill 0.1 began.
         """
         assert rows % world_size == 0, "every rank takes the same number of rows"
         self.bos, self.block_size, self.device = bos, block_size, device
         self.rows, self.micro_rows = rows, micro_rows
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.data_order = seed, rank, world_size, data_order
         self.n_tokens = len(tokens)
         self.id_mask = np.iinfo(tokens.dtype).max
         if bos is None:
@@ -124,7 +143,7 @@ class Batches:
             row = self.order(int(epoch))[places[here]]
             if self.bos is None:
                 slack = self.n_tokens - 1 - self.rows_per_epoch * self.block_size
-                offset = derive_seed("phase", self.seed, int(epoch)) % (min(slack, self.block_size - 1) + 1)
+                offset = stream_offset(self.seed, int(epoch), slack, self.block_size, self.data_order)
                 starts[here] = offset + row * self.block_size
             else:
                 starts[here], lengths[here] = self.document_rows[0][row], self.document_rows[1][row]

@@ -107,9 +107,12 @@ def check_sha256(actual: str, corpus: Corpus, what: str | Path, remedy: str) -> 
 
 def download(corpus: Corpus, path: Path) -> Path:
     """Download `corpus` to `path` and return `path`. The file appears only when it is complete and verified."""
-    remedy = f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`"
+    remedy = (
+        f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`; "
+        "`python train.py config/names.py` needs no network"
+    )
     digest = hashlib.sha256()
-    with replacing(path, shared=True) as (file,):
+    with replacing(path) as (file,):
         for chunk in read_url(corpus.url, f"download {corpus.name}", remedy):
             digest.update(chunk)
             file.write(chunk)

@@ -112,7 +112,7 @@ def prepare(
         text, digest, again = TextFile(source, is_documents, bar), hashlib.sha256(), hashlib.sha256()
         scan = scan_text(text, tokenizer, digest)
         dtype = np.dtype("<u2" if scan.tokenizer.vocab_size <= 65_535 else "<u4")
-        with replacing(out / "train.bin", out / "val.bin", out / "meta.json", shared=True) as (train, val, meta):
+        with replacing(out / "train.bin", out / "val.bin", out / "meta.json") as (train, val, meta):
             splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
             for train_ids, val_ids in encode_splits(text, scan, again):
                 splits["train"].write(train_ids)

@@ -1,12 +1,14 @@
 """metrics.csv: one row for each evaluation."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
 from quill.errors import UserError
-from quill.files import replacing
+from quill.files import open_without_links, replacing
 from quill.observers.observer import Evaluation, Observer
+from quill.run_folder import what_is_kept
 from quill.scoring import perplexity
 
 COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds"]
@@ -36,7 +38,9 @@ class MetricsFile(Observer):
         row["perplexity"] = perplexity(evaluation.val_loss)
         row["seconds"] = round(evaluation.seconds, 3)
         try:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
+            descriptor = open_without_links(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with open(descriptor, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         except OSError as error:
-            raise UserError(f"can't write {self.path}: {error.strerror}; the last checkpoint is kept") from None
+            kept = what_is_kept(self.path.parent)
+            raise UserError(f"can't write {self.path}: {error.strerror}; {kept}") from None

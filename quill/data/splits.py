@@ -1,0 +1,56 @@
+"""The two splits of a run's dataset, opened and made into batches for one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quill.cli import note
+from quill.data.batches import DATA_ORDER, Batches
+from quill.data.token_files import Dataset, open_dataset, prepare_if_missing
+from quill.errors import UserError
+from quill.machine import Machine
+from quill.options import TrainConfig
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The dataset of a run, and the batches of its two splits for this rank."""
+
+    dataset: Dataset
+    train_batches: Batches
+    val_batches: Batches
+
+
+def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_ORDER) -> Splits:
+    """Prepare the dataset if it is a known corpus, and open it. A UserError if it does not fit the options."""
+    group = machine.group
+    group.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
+    dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
+    rows = config.batch_size * config.gradient_accumulation_steps
+    if rows % group.world_size:
+        raise UserError(
+            f"--batch_size={config.batch_size} × --gradient_accumulation_steps={config.gradient_accumulation_steps} "
+            f"is not divisible by the {group.world_size} processes"
+        )
+    bos, batches = dataset.tokenizer.bos, []
+    for name, tokens in (("train", dataset.train), ("val", dataset.val)):
+        if bos is None and len(tokens) <= config.block_size:
+            raise UserError(
+                f"the {name} split of {config.dataset} has {len(tokens)} tokens, too few for "
+                f"--block_size={config.block_size}: use a smaller one or a longer text"
+            )
+        settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
+        settings |= {"device": machine.device, "rank": group.rank, "world_size": group.world_size}
+        settings["data_order"] = data_order
+        batches.append(Batches(tokens, bos, config.block_size, **settings))
+    return Splits(dataset, *batches)
+
+
+def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
+    """Say so if --eval_iters leaves out a part of the validation split."""
+    _, lengths = batches.validation_rows()
+    rows = config.eval_iters * config.batch_size
+    if 0 < rows < len(lengths):
+        covered = f"{lengths[:rows].sum():,} of {lengths.sum():,}"
+        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} tokens only")

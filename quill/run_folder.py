@@ -1,0 +1,100 @@
+"""The folder of a run, out_dir: one process at a time, one run, and nothing in it is replaced without --overwrite=True.
+
+The folder is locked before it is looked at, and stays locked until the process ends, so that what a start has seen is
+still true when it deletes or writes. The file .run has the identity of the run that took the folder, which lets a run
+that was killed before its first checkpoint start again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from quill.errors import UserError
+from quill.files import folder_lock, remove_leftovers, replacing
+from quill.options import RunConfig, TrainConfig
+
+CHECKPOINTS = ("last.pt", "best.pt")  # the first one that exists is resumed
+EVENTS = "tensorboard/events.out.tfevents.*"
+VOLATILE = ("init_from", "overwrite", "device", "threads")  # options that may differ between two starts of one run
+
+
+class RunFolder:
+    """What out_dir holds of a run, and how a new run takes it."""
+
+    def __init__(self, out_dir: str):
+        self.path = Path(out_dir)
+
+    @contextmanager
+    def locked(self) -> Iterator[RunFolder]:
+        """Hold the folder's lock. A UserError if another process has it."""
+        with folder_lock(self.path):
+            remove_leftovers(self.path)
+            yield self
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of a run that exist, the one to resume from first.
+
+        Both hold a whole state. A run that is killed in its very first save leaves best.pt alone.
+        """
+        return [self.path / name for name in CHECKPOINTS if (self.path / name).is_file()]
+
+    def find_run(self) -> list[Path]:
+        """Everything in the folder that belongs to a run, quill's or nanoGPT's."""
+        files = [self.path / name for name in (*CHECKPOINTS, "ckpt.pt", "metrics.csv")]
+        return [path for path in files if path.is_symlink() or path.exists()] + sorted(self.path.glob(EVENTS))
+
+    def refuse_another_run(self, config: TrainConfig) -> None:
+        """A UserError if the folder holds a run that a new run with the options `config` would replace.
+
+        The run's own unfinished start, which has no checkpoint yet, may be replaced.
+        """
+        found = self.find_run()
+        if not found or config.overwrite:
+            return
+        if self.checkpoints():
+            raise UserError(
+                f"{found[0]} is another run's: resume it with --init_from=resume, "
+                "choose another --out_dir, or replace it with --overwrite=True"
+            )
+        if self.path / "ckpt.pt" in found or self._identity() != identity(config):
+            raise UserError(
+                f"{found[0]} is another run's: choose another --out_dir, or replace it with --overwrite=True"
+            )
+
+    def _identity(self):
+        try:
+            return (self.path / ".run").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def take(self, config: TrainConfig) -> None:
+        """Delete what the folder holds of another run, and note whose it is now. A resume deletes nothing."""
+        if config.init_from != "resume":
+            for path in self.find_run():
+                if path.name != "ckpt.pt":  # nanoGPT's, which quill never writes
+                    path.unlink()
+        with replacing(self.path / ".run") as (file,):
+            file.write(f"{identity(config)}\n".encode())
+
+
+def identity(config: TrainConfig) -> str:
+    """A digest of the options that make a run what it is."""
+    options = {key: value for key, value in asdict(config).items() if key not in VOLATILE}
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+
+def what_is_kept(out_dir: str | Path) -> str:
+    """The end of an error message: which checkpoint of the run in `out_dir` remains, if any."""
+    held = RunFolder(str(out_dir)).checkpoints()
+    return f"{held[0]} is kept" if held else "no checkpoint had been saved"
+
+
+def folder_of(given: dict[str, object]) -> RunFolder:
+    """The folder that the options `given` name, before they are complete. A UserError if its name can't be one."""
+    known = ("out_dir", "data_dir", "dataset")
+    return RunFolder(RunConfig(**{key: given[key] for key in known if key in given}).out_dir)  # pyright: ignore

@@ -1,0 +1,214 @@
+"""What a checkpoint must hold: types, ranges and shapes, checked before anything is built from it, and then trusted.
+
+A file with valid checksums can still hold anything: edited by hand, or written by another program. Every check here ends
+in a UserError that names the file, the key, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPT
+from quill.cli import option_types
+from quill.data.tokenizers import from_json
+from quill.errors import UserError
+from quill.options import ModelConfig, TrainConfig
+
+LARGEST = 2**53  # of a count: what a float can hold exactly
+
+
+class Damage(Exception):
+    """What is wrong with a checkpoint, without the name of its file."""
+
+
+def check_to_sample(state: dict[str, Any], path: Path | str) -> None:
+    """A UserError if the keys that sampling and fine-tuning use are not as they must be."""
+    with_path(path, _check_to_sample, state)
+
+
+def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
+    """A UserError if the keys that only a resume uses are not as they must be."""
+    with_path(path, _check_to_resume, state)
+
+
+def check_moments(
+    optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]], step: int, path: Path | str
+) -> None:
+    """A UserError if `saved` are not states of `optimizers` after `step` steps: groups, names, shapes, finite values."""
+    if len(saved) != len(optimizers):
+        raise UserError(f"{path}: damaged: {len(saved)} optimizers, but this run has {len(optimizers)}")
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        with_path(path, _check_moments, optimizer, state, step)
+
+
+def with_path(path, check, *args):
+    """Call `check(*args)`, and turn what it finds into a UserError about the file `path`."""
+    try:
+        check(*args)
+    except Damage as damage:
+        raise UserError(f"{path}: damaged: {damage}; use another checkpoint") from None
+
+
+def _check_to_sample(state):
+    config, vocab_size = _require(state, "config", _is_options, "options"), _count(state, "vocab_size", 1)
+    types_ = option_types(TrainConfig)
+    for key, value in config.items():
+        if key in types_ and not _fits(value, types_[key]):
+            raise Damage(f"config has {key}={_short(value)}, which is not {_name(types_[key])}")
+    _count(state, "step", 0)
+    _require(state, "best_val_loss", lambda value: isinstance(value, float) and not math.isnan(value), "a number")
+    if state["tokenizer"] is not None:
+        try:
+            tokenizer = from_json(state["tokenizer"])
+        except UserError as error:
+            raise Damage(f"tokenizer: {error}") from None
+        if tokenizer.vocab_size != vocab_size:
+            raise Damage(f"the tokenizer has {tokenizer.vocab_size} ids, but vocab_size is {vocab_size}")
+    expected = _expected_shapes(config, vocab_size, state["model"])
+    tied = config.get("tie_weights", ModelConfig.tie_weights)
+    _check_weights("model", state["model"], expected, tied)
+    if state["ema"] is not None:
+        _check_weights("ema", state["ema"], expected, tied)
+
+
+def _check_to_resume(state):
+    _require(state, "flags", _is_options, "options")
+    _require(state, "losses", lambda x: isinstance(x, list) and all(map(_is_finite, x)), "finite numbers")
+    if len(state["losses"]) > state["step"]:
+        raise Damage(f"{len(state['losses'])} losses, but only {state['step']} steps")
+    _require(state, "seconds", lambda value: _is_finite(value) and value >= 0, "a number, 0 or more")
+    _count(state, "evals_since_best", 0)
+    _require(state, "scaler", lambda x: isinstance(x, dict) and all(map(_is_finite, x.values())), "numbers")
+    _require(state, "optimizers", lambda x: isinstance(x, list) and all(isinstance(o, dict) for o in x), "states")
+    _require(state, "data_order", lambda value: type(value) is int and value in (1, 2), "1 or 2")
+    if state["threads"] is not None:
+        _count(state, "threads", 1)
+
+
+def _check_moments(optimizer, saved, step):
+    groups, moments = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(moments, dict) or len(groups) != len(optimizer.param_groups):
+        raise Damage("an optimizer's groups are not this run's")
+    parameters = {}
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        indices = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(indices, list) or len(indices) != len(own["params"]):
+            raise Damage("an optimizer's groups are not this run's")
+        if not all(type(index) is int for index in indices):
+            raise Damage("an optimizer's groups hold no numbers of parameters")
+        parameters.update(zip(indices, own["params"], strict=True))
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    if step and set(moments) != set(parameters):
+        raise Damage(f"an optimizer has moments of {len(moments)} of {len(parameters)} parameters after {step} steps")
+    for index, values in moments.items():
+        if not isinstance(values, dict) or set(values) != names or index not in parameters:
+            raise Damage(f"an optimizer's moments must be {', '.join(sorted(names))}")
+        for name, value in values.items():
+            shape = torch.Size() if name == "step" else parameters[index].shape
+            if not _is_plain_tensor(value) or value.shape != shape or not value.isfinite().all():
+                raise Damage(f"{name} of a parameter must be finite and have the shape {tuple(shape)}")
+
+
+def _expected_shapes(config, vocab_size, weights):
+    """The shapes that the model's weights must have, from a model without memory. → {name: shape}"""
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise Damage("model must be weights by name")
+    layers = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
+    names = {f.name for f in fields(ModelConfig)}
+    try:
+        options = ModelConfig(**{key: value for key, value in config.items() if key in names})
+        # Counted first, because a model of very many layers takes long to build even without memory.
+        if options.n_layer != len(layers):
+            raise Damage(f"config has n_layer={options.n_layer}, but model has the weights of {len(layers)} layers")
+        with torch.device("meta"):
+            model = GPT(options, vocab_size)
+    except UserError as error:
+        raise Damage(f"config: {error}") from None
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise Damage(f"config: no model has this shape: {str(error).splitlines()[0]}") from None
+    return {name: weight.shape for name, weight in model.state_dict().items()}
+
+
+def _check_weights(key, weights, expected, tied):
+    if not isinstance(weights, dict):
+        raise Damage(f"{key} must be weights by name, not {_short(weights)}")
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise Damage(f"{key} lacks {missing[0]}")
+    if unknown := sorted(map(str, weights.keys() - expected.keys())):
+        raise Damage(f"{key} has {unknown[0][:60]}, which this model does not have")
+    for name, shape in expected.items():
+        if not _is_plain_tensor(weights[name]) or weights[name].shape != shape:
+            raise Damage(f"{name} of {key} must be a tensor of numbers with the shape {tuple(shape)}")
+        if not weights[name].isfinite().all():
+            raise Damage(f"{name} of {key} is not finite")
+    if tied and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise Damage(f"lm_head.weight and transformer.wte.weight of {key} differ, but config ties them")
+
+
+# ---------------------------------------------------------------- values
+
+
+def _require(state, key, is_right, what):
+    value = state[key]
+    if not is_right(value):
+        raise Damage(f"{key} must be {what}, not {_short(value)}")
+    return value
+
+
+def _count(state, key, at_least):
+    return _require(
+        state, key, lambda value: type(value) is int and at_least <= value <= LARGEST, f"a whole number from {at_least}"
+    )
+
+
+def _is_finite(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_options(value):
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and (item is None or isinstance(item, (bool, int, float, str)))
+        for name, item in value.items()
+    )
+
+
+def _is_plain_tensor(value):
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+    )
+
+
+def _fits(value, kind):
+    """Whether `value` is of an option's type, without any conversion but from int to float."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return any(value == choice and type(value) is type(choice) for choice in choices)
+    if types.NoneType in choices:
+        return value is None or _fits(value, choices[0])
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def _name(kind):
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, choices))}"
+    kind = choices[0] if choices else kind
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
+
+
+def _short(value):
+    text = f"<{type(value).__name__}>" if isinstance(value, (dict, list, tuple, torch.Tensor)) else repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
