@@ -154,9 +154,10 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     state.train_model = parallelize(compiled, machine.group)
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""
+    dtype, tokens = str(machine.dtype).removeprefix("torch."), data.dataset
     observers.say(
-        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {str(machine.dtype).removeprefix('torch.')}; "
-        f"{len(data.dataset.train):,} tokens to train on, {len(data.dataset.val):,} to evaluate on"
+        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {dtype}; "
+        f"{len(tokens.train):,} tokens to train on, {len(tokens.val):,} to evaluate on"
     )
     with StopSignals() as stop, observers:
         return train(state, data, config, machine, observers, stop)

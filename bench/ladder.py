@@ -54,7 +54,7 @@ def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
     losses = [run["val_loss"] for run in runs]
     return {
         "rung": path.stem,
-        "parameters": checkpoint.load_model(checkpoint.load(best), best).num_params(),
+        "parameters": checkpoint.load_model(checkpoint.load(best)).num_params(),
         "val_loss": statistics.mean(losses),
         "spread": max(losses) - min(losses),
         "seconds": statistics.median(run["seconds"] for run in runs),

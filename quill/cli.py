@@ -6,6 +6,7 @@ options themselves are in quill/options.py. This module imports the standard lib
 
 import ast
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -53,11 +54,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         drop_output()
         code = 0
     except OSError as error:
-        where = error.filename
-        if where is None and not _flushes(sys.stdout):
-            where = "can't write to stdout"
+        # Files are written by quill/files.py, whose errors name them. What is left without a name is stdout.
+        is_stdout = error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
+        if is_stdout:
             drop_output()
-        note(f"{name}: {where or 'system'}: {error.strerror or error}")
+        where = "can't write to stdout" if is_stdout else error.filename or "system"
+        note(f"{name}: {where}: {error.strerror or error}")
         code = 2
     sys.exit(code)
 
@@ -76,14 +78,6 @@ def note(text: str) -> None:
 def one_line(text: str) -> str:
     """`text` with its line ends and other control characters escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def _flushes(stream):
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def drop_output() -> None:

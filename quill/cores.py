@@ -20,7 +20,7 @@ def cores_in_use() -> float:
 
 
 def _idle_seconds(cores):
-    """Idle seconds since the machine started, summed over `cores`: /proc/stat has "cpu0 user nice system idle iowait"."""
+    """Idle seconds since the machine started, summed over `cores`. A line is "cpu0 user nice system idle iowait …"."""
     ticks = 0
     with open("/proc/stat", encoding="ascii") as file:
         for line in file:

@@ -113,9 +113,9 @@ def pick_machine(
 ) -> Machine:
     """`config.device`, `config.dtype`, `config.threads` → Machine, and set the number of torch's threads.
 
-    Under torchrun, each process of a node takes a GPU of its own. saved_threads: those of the checkpoint, which a resume
-    keeps, because the number of threads decides how sums are rounded. A UserError says which device or dtype is not
-    available, and what to use instead.
+    Under torchrun, each process of a node takes a GPU of its own. saved_threads: those of the checkpoint, which a
+    resume keeps, because the number of threads decides how sums are rounded. Raise a UserError that says which device
+    or dtype is not available, and what to use instead.
     """
     reason = set_threads(config.threads, saved_threads)
     device = _best_device(group) if config.device == "auto" else _device(config.device)

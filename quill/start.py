@@ -5,8 +5,8 @@
 
 This is the one module of quill that does something when it is imported:
 
-1. Standard streams that are closed (`train.py >&-`) become the null device. Otherwise the next file that is opened, such
-   as a checkpoint, would get their number, and receive what is printed.
+1. Standard streams that are closed (`train.py >&-`) become the null device. Otherwise the next file that is opened,
+   such as a checkpoint, would get their number, and receive what is printed.
 2. Ctrl-C during the imports, which take seconds, ends the process silently with exit code 130.
 3. It decides how torch's threads wait for each other. By default they spin: they ask again and again without giving up
    their core. That is fast on a quiet machine, and many times slower beside a program that needs one of the cores.
@@ -31,7 +31,8 @@ def open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", encoding="utf-8", closefd=False))
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def end_silently(number: int, frame: object) -> None:

@@ -3,8 +3,9 @@
 A batch is `(x, y)`, both (B, T) int64. `y` is `x` shifted by one, and -1 where nothing is predicted.
 
 A *row* is the piece of a token file that fills one row of a batch. It is given by its start and by its length, the
-number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset of the epoch's own; over
-the epochs the offset takes every possible value, so that every token is predicted. A document fills a row by itself, or several rows if it is longer than block_size; two documents never share one.
+number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset that each epoch
+chooses; over the epochs the offset takes every possible value, so that every token is predicted. A document fills a row
+by itself, or several rows if it is longer than block_size; two documents never share one.
 Every row is used once per epoch, in an order that each epoch draws anew.
 
 Shapes: N tokens in a file, R rows, B rows in a batch, T = block_size.
