@@ -167,8 +167,8 @@ def start(
     config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine, folder: RunFolder
 ) -> int:
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
-    is_resume = saved is not None and config.init_from == "resume"
-    data = open_splits(config, machine, saved["data_order"] if is_resume else DATA_ORDER)
+    is_resume = config.init_from == "resume"
+    data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
         checkpoint.check_vocabulary(saved, data.dataset)
     if config.dry_run:

@@ -150,7 +150,7 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
     return values
 
 
-def _as_text(value, convert=str):
+def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
     """`convert(value)`, for objects of a config file whose methods may fail."""
     try:
         return convert(value)

@@ -15,9 +15,19 @@ This is the one module of quill that does something when it is imported:
 
 import os
 import signal
-import sys
 
-from quill.cores import cores_in_use, cpu_quota
+
+def end_silently(number: int, frame: object) -> None:
+    """Handle a signal by ending the process at once; quill.cli.run restores Python's own handler."""
+    os._exit(128 + number)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_silently)
+
+import sys  # noqa: E402 - as little as possible before the handler
+
+from quill.cores import cores_in_use, cpu_quota  # noqa: E402
 
 SPINS = "10000"  # of a waiting thread before it sleeps, on a quiet machine: measured in docs/records/
 BUSY = 0.5  # cores that other programs use, from which the machine counts as busy
@@ -35,11 +45,6 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def end_silently(number: int, frame: object) -> None:
-    """Handle a signal by ending the process at once; quill.cli.run restores Python's own handler."""
-    os._exit(128 + number)
-
-
 def choose_waiting(environment: "os._Environ[str]") -> None:
     """Set how torch's threads wait, unless the user's environment says so."""
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys() or environment.get("OMP_NUM_THREADS") == "1":
@@ -51,6 +56,4 @@ def choose_waiting(environment: "os._Environ[str]") -> None:
 
 
 open_closed_streams()
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_silently)
 choose_waiting(os.environ)
