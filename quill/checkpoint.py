@@ -17,6 +17,7 @@ can't run code. Its checksums are verified. It is written whole or not at all. I
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -85,10 +86,11 @@ def _read(path):
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has advice for some files that are no checkpoints
             damaged = archive.testzip()  # torch does not verify the checksums that it writes
-        if damaged is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if damaged is None:
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values, which could run code; not opened") from None
     except OSError as error:

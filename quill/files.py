@@ -21,7 +21,7 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
 
     The block gets one binary file per path. These are new temporary files in the folder of the first path, which is
     made if it does not exist. When the block ends, they are synced to the disk and renamed to `paths`. If it raises,
-    they are deleted and `paths` keep what they held. A process that is killed leaves them: see `remove_leftovers`.
+    they are deleted and `paths` keep what they held. A process that is killed leaves them: see `folder_lock`.
 
     With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
     the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.
@@ -62,13 +62,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes have left in `folder`. Call this under the folder's lock."""
-    for path in folder.glob(".*.tmp"):
-        with suppress(OSError):
-            path.unlink()
-
-
 def open_without_links(path: Path, flags: int) -> int:
     """os.open, but an OSError if the last component of `path` is a symbolic link. → file descriptor"""
     if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():  # Windows
@@ -80,8 +73,9 @@ def open_without_links(path: Path, flags: int) -> int:
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Lock `folder` for this process while the `with` block runs. The folder is made if it does not exist.
 
-    The operating system releases the lock when the process ends, also after a crash. The empty file .lock remains. If
-    this made the folder, and the block raises without having written anything else, both are removed.
+    Temporary files that killed processes have left there are deleted, so whoever calls `replacing` holds this lock.
+    The operating system releases the lock when the process ends, also after a crash, which leaves the empty file .lock.
+    If this made the folder, and the block raises without having written anything, the folder is removed.
     On Windows, and on file systems without locks, nothing is locked.
 
     wait: wait for another process to release the lock, instead of raising.
@@ -91,15 +85,18 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     is_new = not folder.exists()
     descriptor = _open_and_lock(folder, wait)
+    failed = True
     try:
-        yield
-    except BaseException:
-        if is_new and os.listdir(folder) == [".lock"]:
+        for path in folder.glob(".*.tmp"):
             with suppress(OSError):
-                (folder / ".lock").unlink()
-                folder.rmdir()
-        raise
+                path.unlink()
+        yield
+        failed = False
     finally:
+        with suppress(OSError):  # Windows removes no open file
+            (folder / ".lock").unlink()
+            if is_new and failed:
+                folder.rmdir()  # fails if something was written
         os.close(descriptor)  # and with it the lock
 
 

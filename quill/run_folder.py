@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quill.errors import UserError
-from quill.files import folder_lock, remove_leftovers, replacing
+from quill.files import folder_lock, replacing
 from quill.options import RunConfig, TrainConfig
 
 CHECKPOINTS = ("last.pt", "best.pt")  # the first one that exists is resumed
@@ -33,7 +33,6 @@ class RunFolder:
     def locked(self) -> Iterator[RunFolder]:
         """Hold the folder's lock. A UserError if another process has it."""
         with folder_lock(self.path):
-            remove_leftovers(self.path)
             yield self
 
     def checkpoints(self) -> list[Path]:

@@ -45,7 +45,7 @@ def test_a_run_killed_20_times_ends_as_the_undisturbed_one(flags, tmp_path):
     assert parts["step"] == 400
     assert all(torch.equal(weight, whole["model"][name]) for name, weight in parts["model"].items())
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-    assert sorted(os.listdir(tmp_path / "killed")) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+    assert sorted(os.listdir(tmp_path / "killed")) == [".run", "best.pt", "last.pt", "metrics.csv"]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit
     assert done.stderr.startswith("train.py: can't write") and "File too large" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 20
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "best.pt", "last.pt", "metrics.csv"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".run", "best.pt", "last.pt", "metrics.csv"]
 
 
 def test_a_closed_pipe_is_silent(flags, tmp_path):

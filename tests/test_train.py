@@ -369,7 +369,7 @@ def test_overwriting_leaves_nothing_of_the_other_run(flags, monkeypatch):
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train.main(flags(overwrite=True))
-    assert sorted(path.name for path in out_dir(flags()).iterdir()) == [".lock", ".run", "metrics.csv"]
+    assert sorted(path.name for path in out_dir(flags()).iterdir()) == [".run", "metrics.csv"]
 
 
 def test_options_are_checked_when_they_are_complete(flags):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quill.errors import UserError
-from quill.files import replacing
+from quill.files import folder_lock, replacing
 
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 30  # seconds without a byte after which a download fails
@@ -112,7 +112,7 @@ def download(corpus: Corpus, path: Path) -> Path:
         "`python train.py config/names.py` needs no network"
     )
     digest = hashlib.sha256()
-    with replacing(path) as (file,):
+    with folder_lock(path.parent, wait=True), replacing(path) as (file,):
         for chunk in read_url(corpus.url, f"download {corpus.name}", remedy):
             digest.update(chunk)
             file.write(chunk)

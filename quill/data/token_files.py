@@ -33,7 +33,7 @@ from quill.cli import did_you_mean
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, code_points, from_json
 from quill.errors import UserError
-from quill.files import replacing
+from quill.files import folder_lock, replacing
 
 FORMAT = 1
 CHUNK = 2**20  # bytes of text in memory at a time, so that a text of any length can be read
@@ -112,7 +112,8 @@ def prepare(
         text, digest, again = TextFile(source, is_documents, bar), hashlib.sha256(), hashlib.sha256()
         scan = scan_text(text, tokenizer, digest)
         dtype = np.dtype("<u2" if scan.tokenizer.vocab_size <= 65_535 else "<u4")
-        with replacing(out / "train.bin", out / "val.bin", out / "meta.json") as (train, val, meta):
+        files = replacing(out / "train.bin", out / "val.bin", out / "meta.json")
+        with folder_lock(out, wait=True), files as (train, val, meta):
             splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
             for train_ids, val_ids in encode_splits(text, scan, again):
                 splits["train"].write(train_ids)
