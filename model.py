@@ -240,5 +240,6 @@ class GPT(nn.Module):
         PaLM (Chowdhery et al. 2022), appendix B. Looking up an embedding costs nothing.
         """
         lookups = [m for m in self.transformer.values() if isinstance(m, nn.Embedding)]
-        free = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
-        return 6 * (self.num_params() - free) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        lookup_weights = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
+        C, T = self.config.n_embd, self.config.block_size
+        return 6 * (self.num_params() - lookup_weights) + 12 * self.config.n_layer * C * T

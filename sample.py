@@ -31,7 +31,8 @@ from quill.generation import stream_tokens
 from quill.machine import Machine, memory_limits, pick_machine
 from quill.options import SampleConfig
 
-DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that --score does not take
+# Options that --score does not take.
+SAMPLING_OPTIONS = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")
 LONGEST_TEXT = 2**26  # bytes of a file in --start or --score
 COLDEST = 1e-6  # lowest temperature of --score: below it, logits / temperature may be too large for float32
 
@@ -45,7 +46,7 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
         if flags.get("json"):
             raise UserError("--json is for a score; give --score=TEXT too")
         return SampleConfig(**flags), False
-    if drawing := [f"--{key}" for key in DRAWING if key in flags]:
+    if drawing := [f"--{key}" for key in SAMPLING_OPTIONS if key in flags]:
         raise UserError(f"--score and {', '.join(drawing)} don't go together: a score draws no text")
     defaults: dict[str, Any] = {"temperature": 1.0}  # the losses are then those of training
     config = SampleConfig(**(defaults | flags))
@@ -145,7 +146,7 @@ def sample(
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
     ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
     separator = "\n" if tokenizer.bos is not None else "\n---------------\n"
-    first, ended, drawn = tokenizer.stream(), False, []
+    decode_first, ended, drawn = tokenizer.decoder(), False, []
     write(prompt)
     for tokens in stream_tokens(
         model,
@@ -161,8 +162,8 @@ def sample(
         token = int(tokens[0])
         ended = ended or token == tokenizer.bos
         if not ended:
-            write(first([token]))
-    write(first([], final=True) + separator)
+            write(decode_first([token]))
+    write(decode_first([], final=True) + separator)
     for row in torch.stack(drawn, dim=1)[1:].tolist():
         if tokenizer.bos in row:
             row = row[: row.index(tokenizer.bos)]

@@ -52,8 +52,8 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
         # DDP averages the gradients over the ranks: do it once, after the last micro-batch.
-        wait = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
-        with wait:
+        no_average = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
+        with no_average:
             with machine.autocast():
                 share = model(x, y)[1] * (predicted / total)  # so that the sum is the mean over the global batch
             scaler.scale(share * group.world_size).backward()
@@ -61,8 +61,8 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     multiplier = lr_multiplier(step, config)
     for optimizer, peak in state.optimizers:
         scaler.unscale_(optimizer)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = peak * multiplier
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = peak * multiplier
     parameters = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip:
@@ -114,12 +114,12 @@ def train(
         began = time.perf_counter()
         tokens = train_step(state, data.train_batches, config, machine)
         stopped_by, evaluating = stop.agreed(group), config.evaluates_after(progress.step)
-        reading = None
+        entry = None
         if progress.step % config.log_interval == 0 or evaluating or stopped_by:
-            reading = state.read_losses()
+            entry = state.read_losses()
         observers.stepped(tokens, time.perf_counter() - began)
-        if reading:
-            observers.read(*reading)
+        if entry:
+            observers.log(*entry)
         better, val_loss = False, math.nan
         if evaluating:
             val_loss = evaluate(state.eval_model, data.val_batches, config, machine)

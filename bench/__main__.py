@@ -36,7 +36,7 @@ from quill.options import BenchConfig, TrainConfig
 
 SPEED = {
     "train": peers.train,
-    "loss": peers.loss,
+    "loss": peers.recipe,
     "replay": replay,
     "generate": generate,
     "start": peers.start,

@@ -54,7 +54,7 @@ def program(name: str, **options: Any) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-def flags(options: dict[str, Any]) -> list[str]:
+def as_flags(options: dict[str, Any]) -> list[str]:
     """{key: value} → `--key=value` for a command line."""
     return [f"--{key}={value}" for key, value in options.items()]
 
@@ -78,7 +78,7 @@ def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> 
             raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
         if state["step"] >= wanted["max_iters"]:
             return read_metrics(out_dir)
-    process(["train.py", path, *flags(options)])
+    process(["train.py", path, *as_flags(options)])
     return read_metrics(out_dir)
 
 
@@ -135,7 +135,7 @@ def in_turn(
     return figures
 
 
-def row(what: str, unit: str, ours: list[float], peer: list[float], more_is_better: bool) -> Line:
+def report(what: str, unit: str, ours: list[float], peer: list[float], more_is_better: bool) -> Line:
     """Print medians and ranges of both, and their ratio in pairs, which is above 1 where ours is better. → the line"""
     line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
     text = f"{what}: {span(ours)} {unit}"

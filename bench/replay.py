@@ -4,7 +4,7 @@ import statistics
 import tempfile
 from typing import Any
 
-from bench.measure import Line, flags, process, program, read_metrics
+from bench.measure import Line, as_flags, process, program, read_metrics
 from bench.shapes import SHAKESPEARE_10M
 from quill.errors import UserError
 from quill.options import BenchConfig
@@ -18,7 +18,7 @@ def replay(config: BenchConfig, shape: dict[str, Any] = SHAKESPEARE_10M) -> list
     options |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 5}
     options |= {"data_dir": config.data_dir, "device": config.device, "dtype": "float32", "compile": False}
     with tempfile.TemporaryDirectory() as folder:
-        process(["train.py", *flags(options), f"--out_dir={folder}", "--eval_iters=1"])
+        process(["train.py", *as_flags(options), f"--out_dir={folder}", "--eval_iters=1"])
         ours = [float(row["train_loss"]) for row in read_metrics(folder)]
     steps = program("replay_nanogpt", peer=config.peer, options=options)
     theirs = [statistics.mean(steps[i : i + 5]) for i in range(0, len(steps), 5)]

@@ -37,7 +37,7 @@ from quill.schema import check_to_resume, check_to_sample
 FORMAT = 2
 # The options that a run's weights fix.
 ARCHITECTURE_KEYS = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}
-SAMPLE_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
+REQUIRED_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
 RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best", "data_order", "threads"}
 FORMAT_1 = {"data_order": 1, "threads": None}  # what a checkpoint of format 1 means by the keys that it lacks
 
@@ -75,7 +75,7 @@ def load(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: format {state['format']!r}, but this quill reads up to {FORMAT}; update quill")
     if state["format"] == 1:
         state = FORMAT_1 | state
-    _require(state, SAMPLE_KEYS, path)
+    _require(state, REQUIRED_KEYS, path)
     check_to_sample(state, path)
     return state
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quill.errors import UserError
-from quill.options import RETIRED, Checked
+from quill.options import NANOGPT_OPTIONS, Checked
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 
@@ -106,8 +106,8 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
         UserError: an option does not exist, or its value has the wrong type.
     """
     positional, flags, types_ = [], {}, option_types(schema)
-    # Retired keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
-    argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in RETIRED.get(schema, {}))
+    # nanoGPT's keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
+    argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in NANOGPT_OPTIONS.get(schema, {}))
     for arg in argv:
         if arg in ("-h", "--help"):
             print(help_text(schema, doc or ""))
@@ -149,7 +149,7 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
     values = {}
-    for key, value in sorted(names.items(), key=lambda item: item[0] in RETIRED.get(schema, {})):
+    for key, value in sorted(names.items(), key=lambda item: item[0] in NANOGPT_OPTIONS.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         values.update(resolve_option(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
@@ -176,23 +176,23 @@ def _find_config_file(path: Path) -> Path:
 
 
 def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> dict[str, Any]:
-    """Return the options that one key sets: {key: checked value}, or the replacement of a retired key.
+    """Return the options that one key sets: {key: checked value}, or the options that replace a key of nanoGPT's.
 
     where: the start of an error message, such as "--n_layer=x: ".
     """
     types_ = option_types(schema)
     if key in types_:
         return {key: coerce(value, types_[key], where, key)}
-    retired = RETIRED.get(schema, {}).get(key)
-    if retired is None:
+    nanogpt_option = NANOGPT_OPTIONS.get(schema, {}).get(key)
+    if nanogpt_option is None:
         raise UserError(f"{where}there is no option {key}{did_you_mean(key, types_)}")
     becomes = {}
-    for old, options in retired.becomes.items():
+    for old, options in nanogpt_option.becomes.items():
         if coerce(value, type(old), where, key) == old:
             becomes = options
-    if retired.only is not None and value != retired.only:
-        raise UserError(f"{where}{key}: {retired.notice}")
-    note(f"note: {key}: {retired.notice}")
+    if nanogpt_option.only is not None and value != nanogpt_option.only:
+        raise UserError(f"{where}{key}: {nanogpt_option.notice}")
+    note(f"note: {key}: {nanogpt_option.notice}")
     return becomes
 
 

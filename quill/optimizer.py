@@ -22,12 +22,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
         return config.learning_rate
-    start = config.warmup_iters
+    decay_start = config.warmup_iters
     if config.schedule == "wsd":  # warm-up, stable, decay (Hägele et al. 2024)
-        start = max(start, config.decay_end - int(config.wsd_decay * config.decay_end))
-    if step < start:
+        decay_start = max(decay_start, config.decay_end - int(config.wsd_decay * config.decay_end))
+    if step < decay_start:
         return config.learning_rate
-    done = min(1.0, (step - start) / max(1, config.decay_end - start))
+    done = min(1.0, (step - decay_start) / max(1, config.decay_end - decay_start))
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 

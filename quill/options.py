@@ -278,7 +278,7 @@ class BenchConfig(SystemConfig):
 
 
 @dataclass(frozen=True)
-class Retired:
+class NanoGPTOption:
     """What happens to a key of nanoGPT's that is not an option here: the user reads `notice`, and the run goes on.
 
     becomes: for some values of the key, the options that have the same effect. Other values change nothing.
@@ -290,20 +290,24 @@ class Retired:
     only: str | None = None
 
 
-RETIRED: dict[type[Checked], dict[str, Retired]] = {
+NANOGPT_OPTIONS: dict[type[Checked], dict[str, NanoGPTOption]] = {
     TrainConfig: {
-        "wandb_log": Retired("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard"),
-        "wandb_project": Retired("not used: a run is named by --out_dir"),
-        "wandb_run_name": Retired("not used: a run is named by --out_dir"),
-        "always_save_checkpoint": Retired("not used: every evaluation writes last.pt, and best.pt keeps the best"),
-        "backend": Retired("not used: nccl on CUDA, gloo on CPU"),
-        "decay_lr": Retired(
+        "wandb_log": NanoGPTOption("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard"),
+        "wandb_project": NanoGPTOption("not used: a run is named by --out_dir"),
+        "wandb_run_name": NanoGPTOption("not used: a run is named by --out_dir"),
+        "always_save_checkpoint": NanoGPTOption(
+            "not used: every evaluation writes last.pt, and best.pt keeps the best"
+        ),
+        "backend": NanoGPTOption("not used: nccl on CUDA, gloo on CPU"),
+        "decay_lr": NanoGPTOption(
             "use --schedule: True is cosine, False is constant without warm-up",
             {True: {"schedule": "cosine"}, False: {"schedule": "constant", "warmup_iters": 0}},
         ),
     },
     SampleConfig: {
-        "init_from": Retired("--out_dir or --ckpt names the checkpoint; GPT-2's weights are not read", only="resume"),
-        "compile": Retired("not used: sampling is uncompiled, with a cache of keys and values"),
+        "init_from": NanoGPTOption(
+            "--out_dir or --ckpt names the checkpoint; GPT-2's weights are not read", only="resume"
+        ),
+        "compile": NanoGPTOption("not used: sampling is uncompiled, with a cache of keys and values"),
     },
 }

@@ -25,8 +25,8 @@ class Recorder(Observer):
     def stepped(self):
         self.events.append("stepped")
 
-    def read(self, reading):
-        self.events.append(reading)
+    def logged(self, entry):
+        self.events.append(entry)
 
     def evaluated(self, evaluation):
         self.events.append(evaluation)
@@ -49,15 +49,15 @@ def test_a_run_tells_every_event_once_and_in_order(flags, monkeypatch, tmp_path)
     assert train.main(flags(max_iters=6, eval_interval=4, log_interval=3, eval_samples=1, final_samples=2)) == 0
     names = [event if isinstance(event, str) else type(event).__name__ for event in recorder.events]
     assert names == [
-        *["stepped"] * 3, "Reading", "stepped", "Reading", "Evaluation",
-        *["stepped"] * 2, "Reading", "Evaluation", "tuple", "closed",
+        *["stepped"] * 3, "LogEntry", "stepped", "LogEntry", "Evaluation",
+        *["stepped"] * 2, "LogEntry", "Evaluation", "tuple", "closed",
     ]  # fmt: skip
-    readings = [event for event in recorder.events if isinstance(event, observers.Reading)]
+    entries = [event for event in recorder.events if isinstance(event, observers.LogEntry)]
     evaluations = [event for event in recorder.events if isinstance(event, Evaluation)]
-    assert [reading.step for reading in readings] == [3, 4, 6]
+    assert [entry.step for entry in entries] == [3, 4, 6]
     assert [evaluation.step for evaluation in evaluations] == [4, 6]
-    assert evaluations[0].train_loss == pytest.approx((3 * readings[0].loss + readings[1].loss) / 4)
-    assert evaluations[1].train_loss == pytest.approx(readings[2].loss)
+    assert evaluations[0].train_loss == pytest.approx((3 * entries[0].loss + entries[1].loss) / 4)
+    assert evaluations[1].train_loss == pytest.approx(entries[2].loss)
     assert [len(evaluation.samples) for evaluation in evaluations] == [1, 1] and len(recorder.events[-2][2]) == 2
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -35,13 +35,13 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def stream_rows(n_tokens: int, block_size: int) -> Rows:
+def cut_stream(n_tokens: int, block_size: int) -> Rows:
     """Cut a stream into windows that do not overlap, in order. The last window may be shorter than block_size."""
     starts = np.arange(0, n_tokens - 1, block_size)
     return starts, np.minimum(block_size, n_tokens - 1 - starts)
 
 
-def document_rows(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
+def cut_documents(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
     """Cut `tokens` (N,) into rows that hold one document each, in order.
 
     `BOS a b c` predicts 4 tokens: a, b, c and the BOS that ends it. A document that predicts more than block_size
@@ -114,7 +114,7 @@ class Batches:
             # edge of a window.
             self.rows_per_epoch = max(1, (self.n_tokens - block_size) // block_size)
         else:
-            self.document_rows = document_rows(tokens, bos, block_size)
+            self.document_rows = cut_documents(tokens, bos, block_size)
             self.rows_per_epoch = len(self.document_rows[0])
         # torch can index signed integers only, so ids of the upper half are negative until `id_mask` is applied.
         signed = tokens.view(np.int16 if tokens.dtype.itemsize == 2 else np.int32)
@@ -175,7 +175,7 @@ class Batches:
 
     def validation_rows(self) -> Rows:
         """The rows of the whole split, in order: every token but the first of a stream is predicted once."""
-        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
+        return cut_stream(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
 
     def validation(self, max_rows: int | None = None) -> Iterator[Batch]:
         """Yield this rank's share of the split's batches (x, y, tokens predicted), in order.

@@ -113,7 +113,7 @@ def prepare(
         scan = scan_text(text, tokenizer, digest)
         dtype = np.dtype("<u2" if scan.tokenizer.vocab_size <= 65_535 else "<u4")
         with replacing(out / "train.bin", out / "val.bin", out / "meta.json") as (train, val, meta):
-            splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
+            splits = {"train": TokenFileWriter(train, dtype), "val": TokenFileWriter(val, dtype)}
             for train_ids, val_ids in encode_splits(text, scan, again):
                 splits["train"].write(train_ids)
                 splits["val"].write(val_ids)
@@ -137,7 +137,7 @@ class Scan:
 
     tokenizer: Tokenizer
     tokens: int  # without BOS
-    moved: str | None  # the document that changes sides because a split would be empty otherwise
+    moved: str | None  # the document that is moved to the other split, because that split would be empty
 
 
 def scan_text(text: TextFile, kind: str, digest: Digest) -> Scan:
@@ -257,7 +257,7 @@ class TextFile:
         return line + newlines.decode("", True).count("\n")
 
 
-class TokenFile:
+class TokenFileWriter:
     """A .bin file that is being written."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:

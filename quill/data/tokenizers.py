@@ -17,7 +17,7 @@ from quill.errors import UserError
 
 
 class Tokenizer:
-    """Base class. A subclass sets `kind` and `size`, and implements `encode` and `stream`.
+    """Base class. A subclass sets `kind` and `size`, and implements `encode` and `decoder`.
 
     kind: its name in --tokenizer and in JSON.
     size: the number of ids, without BOS.
@@ -46,9 +46,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, errors: str = "replace") -> str:
         """Decode `ids` to text, with a newline for BOS. errors: as in `bytes.decode`."""
-        return self.stream(errors)(ids, final=True)
+        return self.decoder(errors)(ids, final=True)
 
-    def stream(self, errors: str = "replace") -> Callable[..., str]:
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return a function `decode(ids, final=False) -> str` for ids that arrive a few at a time.
 
         It returns whole characters only: the bytes of an unfinished one are kept for the next call. With final=True
@@ -105,7 +105,7 @@ class CharTokenizer(Tokenizer):
             raise unknown(chr(code) for code in np.unique(codes[ids < 0]))
         return ids
 
-    def stream(self, errors: str = "replace") -> Callable[..., str]:
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function. Every id is a whole character, so it keeps nothing between calls."""
 
         def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
@@ -136,7 +136,7 @@ class ByteTokenizer(Tokenizer):
             raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
         return np.where(ids == ord("\n"), self.size, ids) if self.is_documents else ids
 
-    def stream(self, errors: str = "replace") -> Callable[..., str]:
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function, which keeps the bytes of an unfinished character between calls."""
         utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 

@@ -14,7 +14,7 @@ from quill.generation import draw_samples
 from quill.machine import Machine
 from quill.observers.console import Console
 from quill.observers.metrics_csv import MetricsFile
-from quill.observers.observer import Evaluation, Observer, Reading
+from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.observers.tensorboard import TensorBoard
 from quill.optimizer import learning_rate
 from quill.state import TrainState
@@ -63,11 +63,11 @@ class Observers:
         self.busy += seconds
         self.tell("stepped")
 
-    def read(self, losses: list[float], norms: list[float]) -> None:
+    def log(self, losses: list[float], norms: list[float]) -> None:
         """Tell of the losses and gradient norms of the steps since the last reading."""
         step = self.state.progress.step
         loss, norm = math.fsum(losses) / len(losses), math.fsum(norms) / len(norms)
-        self.tell("read", Reading(step, loss, norm, learning_rate(step - 1, self.config), self.tokens_per_s))
+        self.tell("logged", LogEntry(step, loss, norm, learning_rate(step - 1, self.config), self.tokens_per_s))
 
     def evaluated(self, val_loss: float) -> None:
         """Tell of an evaluation. On rank 0, draw the samples that its observers show."""

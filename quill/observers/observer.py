@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reading:
+class LogEntry:
     """The training steps since the reading before: means of their losses and gradient norms, and their speed."""
 
     step: int
@@ -33,7 +33,7 @@ class Observer:
     def stepped(self) -> None:
         """A training step has ended. The device may still be busy with it."""
 
-    def read(self, reading: Reading) -> None:
+    def logged(self, entry: LogEntry) -> None:
         """The losses have been read, every config.log_interval steps."""
 
     def evaluated(self, evaluation: Evaluation) -> None:

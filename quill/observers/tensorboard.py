@@ -23,7 +23,7 @@ from model import GPT, attention_weights
 from quill.data.batches import Batches
 from quill.errors import UserError
 from quill.generation import eval_mode
-from quill.observers.observer import Evaluation, Observer, Reading
+from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.state import TrainState
 
 LONGEST_TEXT = 64  # tokens whose attention is drawn
@@ -81,13 +81,13 @@ class TensorBoard(Observer):
             # float16's scaler lets gradients overflow now and then: they have no histogram.
             self.gradients = {name: g.to("cpu", copy=True) for name, g in gradients.items() if g.isfinite().all()}
 
-    def read(self, reading: Reading) -> None:
+    def logged(self, entry: LogEntry) -> None:
         """Add one point to each curve. TensorBoard sorts by name, so the losses are first."""
-        values = {"loss/train": reading.loss, "optimizer/lr": reading.lr}
-        values |= {"optimizer/gradient_norm": reading.gradient_norm, "performance/tokens_per_s": reading.tokens_per_s}
+        values = {"loss/train": entry.loss, "optimizer/lr": entry.lr}
+        values |= {"optimizer/gradient_norm": entry.gradient_norm, "performance/tokens_per_s": entry.tokens_per_s}
         with suppress(OSError):  # ignored here: `evaluated` writes too, and reports the error on all ranks
             for tag, value in values.items():
-                self.writer.add_scalar(tag, value, reading.step)
+                self.writer.add_scalar(tag, value, entry.step)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Write everything that an evaluation shows; it is on the disk when this returns, before the checkpoint is."""
