@@ -4,9 +4,9 @@
     logits, loss = model(idx, targets)
     idx = model.generate(idx, max_new_tokens=100)
 
-This file imports torch and nothing from quill, so you can copy it into your own project. `config` is any object with the
-fields of `ModelConfig` in quill/options.py: block_size, n_layer, n_head, n_embd, dropout, attention_dropout, bias, norm,
-norm_embedding, norm_final, activation, position, mlp_ratio, residual, tie_weights, qk_norm, init_std.
+This file imports torch and nothing from quill, so you can copy it into your own project. `config` is any object with
+the fields of `ModelConfig` in quill/options.py: block_size, n_layer, n_head, n_embd, dropout, attention_dropout, bias,
+norm, norm_embedding, norm_final, activation, position, mlp_ratio, residual, tie_weights, qk_norm, init_std.
 
 Parameters have GPT-2's names. Linear weights have torch's shape (out, in); GPT-2's checkpoints hold c_attn, c_fc and
 c_proj transposed. quill/cpu.py has faster layers for a CPU, and quill/generation.py generates with a cache.
@@ -198,8 +198,8 @@ class GPT(nn.Module):
     def final_hidden(self, idx, cache=None):
         """`idx` (B, T) → the final norm's output (B, T, C).
 
-        cache: a KVCache (quill/generation.py) with the keys and values of the tokens before `idx`. Its `length` is their
-        number. `layers[i].append(k, v)` adds the new ones of layer i, and returns all of them, (B, H, length + T, D).
+        cache: a KVCache (quill/generation.py) with the keys and values of the tokens before `idx`. Its `length` is the
+        number of these tokens. `layers[i].append(k, v)` adds those of `idx`, and returns all, (B, H, length + T, D).
         """
         start = 0 if cache is None else cache.length
         end = start + idx.size(1)
@@ -240,7 +240,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Return the FLOPs of a training step per token, as in PaLM (Chowdhery et al. 2022), appendix B.
 
-        6 for each weight, and 12 · n_layer · C · T for attention with T = block_size. Embedding look-ups are not counted.
+        6 for each weight, and 12 · n_layer · C · T for attention with T = block_size. Embedding look-ups do not count.
         """
         lookups = [m for m in self.transformer.values() if isinstance(m, nn.Embedding)]
         lookup_weights = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
