@@ -8,6 +8,7 @@ import pytest
 import train
 from quill import observers
 from quill.errors import UserError
+from quill.observers import metrics_csv
 from quill.observers.metrics_csv import COLUMNS, MetricsFile
 from quill.observers.observer import Evaluation, Observer
 
@@ -88,6 +89,13 @@ def test_metrics_rows_by_hand(tmp_path):
     metrics.evaluated(EVALUATION)
     lines = (tmp_path / "metrics.csv").read_bytes().decode().split("\n")
     assert lines == [",".join(COLUMNS), f"20,0.1,2.0,1.5,{math.exp(1.5)},1234.5,3.0", ""]
+
+
+def test_a_column_that_no_evaluation_has_is_an_error(tmp_path, monkeypatch):
+    """A column whose field in Evaluation was forgotten must not become empty cells."""
+    monkeypatch.setattr(metrics_csv, "COLUMNS", [*COLUMNS, "forgotten"])
+    with pytest.raises(KeyError, match="forgotten"):
+        MetricsFile(str(tmp_path), 0).evaluated(EVALUATION)
 
 
 def test_rows_after_the_checkpoint_and_damaged_rows_are_dropped(tmp_path):

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: a progress bar, or plain lines where there is no terminal."""
+"""The output of a run in a terminal: a progress bar and lines, or lines only if there is no terminal."""
 
 import os
 import sys
