@@ -1,4 +1,4 @@
-"""Our speed of generation beside nanoGPT's and transformers', in turn, with random weights."""
+"""Compare the speed of generation of quill, nanoGPT and transformers, in turn, with random weights."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -29,5 +29,7 @@ def generate(config: BenchConfig) -> list[Line]:
         lines.append(report(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
         if config.peer and batch_size == 1 and find_spec("transformers"):
             figures = in_turn(config.pairs, ours, partial(program, "generate_transformers", batch_size=1, **options))
-            lines.append(report(f"generation, {name}, beside transformers", "tokens/s", *figures, more_is_better=True))
+            lines.append(
+                report(f"generation, {name}, with transformers as the peer", "tokens/s", *figures, more_is_better=True)
+            )
     return lines

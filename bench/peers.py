@@ -1,6 +1,6 @@
-"""Our speed beside a peer's, in turn: training, a recipe from start to end, start-up, preparing text.
+"""Compare the speed of quill and nanoGPT: training, a recipe from start to end, start-up, preparing text.
 
-The peer is a checkout of nanoGPT, which is not part of quill. Without one, ours is measured alone.
+The peer is a checkout of nanoGPT, which is not part of quill. Without one, quill is measured alone.
 """
 
 import math
@@ -61,7 +61,7 @@ def train(config: BenchConfig) -> list[Line]:
 
 
 def training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
-    """Tokens per second of one run of ours. Its first quarter is left out: it holds the warm-up."""
+    """Return the tokens per second of one run of quill, without its first quarter, which includes the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
         extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | machine_options(config)
@@ -70,7 +70,7 @@ def training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
 
 
 def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
-    """Tokens per second of one run of nanoGPT's, from the times that it prints. The first quarter is left out."""
+    """Return the tokens per second of one run of nanoGPT, from the times that it prints, without its first quarter."""
     with tempfile.TemporaryDirectory() as folder:
         extra = {"out_dir": folder, "compile": on_gpu(config), "eval_iters": 1, "log_interval": 1}
         extra |= peer_machine_options(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
@@ -108,7 +108,7 @@ def gpt2(
 
 
 def random_text(ids: int) -> str:
-    """A text of `ids` different characters: each once, so that the vocabulary is complete, then 20 times `ids` drawn.
+    """Return a text of `ids` different characters: each once, to complete the vocabulary, then 20 × `ids` drawn.
 
     The characters begin at U+10000, where there are no surrogates.
     """
@@ -152,7 +152,7 @@ def recipe_run(config: BenchConfig, seed: int) -> tuple[float, float]:
 
 
 def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
-    """Run nanoGPT's recipe once. → seconds, the validation loss of its checkpoint, which is that of its best evaluation
+    """Run nanoGPT's recipe once. → seconds, the validation loss of its checkpoint, which is of its best evaluation
 
     nanoGPT estimates its loss on random batches. Ours evaluates the checkpoint on the whole split.
     """
@@ -170,7 +170,7 @@ def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
 
 
 def start(config: BenchConfig) -> list[Line]:
-    """Measure from the command to the end of the first step, on prepared data, less the time of `import torch`."""
+    """Measure from the command to the end of the first step, on prepared data, without the time of `import torch`."""
     with tempfile.TemporaryDirectory() as folder:
         options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
         options |= {"gradient_accumulation_steps": 1, "overwrite": True, "out_dir": folder, "max_iters": 10**6}
@@ -187,7 +187,7 @@ def start(config: BenchConfig) -> list[Line]:
             return seconds - process(["-c", "import torch"])[0]
 
         figures, _ = in_turn(config.pairs, ours)
-    return [report("start-up to the first step, less import torch", "s", figures, [], more_is_better=False)]
+    return [report("start-up to the first step, without import torch", "s", figures, [], more_is_better=False)]
 
 
 def prepare(config: BenchConfig) -> list[Line]:

@@ -1,4 +1,4 @@
-"""Whether training computes the same as nanoGPT's: the losses of both from the same weights on the same batches."""
+"""Compare the losses of quill and nanoGPT from the same weights and batches."""
 
 import statistics
 import tempfile
@@ -11,7 +11,7 @@ from quill.options import BenchConfig
 
 
 def replay(config: BenchConfig, shape: dict[str, Any] = SHAKESPEARE_10M) -> list[Line]:
-    """Train 30 steps in float32 with train.py; then nanoGPT's model and optimizer on our first weights and batches."""
+    """Train 30 steps in float32 with train.py, then with nanoGPT's model and optimizer from our weights and batches."""
     if not config.peer:
         raise UserError("replay: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
     options = shape | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
