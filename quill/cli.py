@@ -1,7 +1,8 @@
 """Read a command line and a config file into checked options, and run a script so that errors are one line.
 
-Precedence: defaults < config file < flags. Every key is checked for existence and type, in flags and files alike. The
-options themselves are in quill/options.py. This module imports the standard library only, so `--help` is fast.
+Flags override the config file, which overrides the defaults. Every key is checked for existence and type, in flags and
+in files. The options themselves are in quill/options.py. This module and quill/options.py import nothing slow, so
+`python prepare.py --help` is fast.
 """
 
 import ast
@@ -35,7 +36,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell sets for commands in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # quill/start.py had one for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # quill/start.py has set another
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A corpus may hold any character, and the locale's encoding may not.
@@ -63,10 +64,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr; with several processes, on rank 0 only, because all of them have the same line.
+    """Print a line on stderr. Only rank 0 prints, because every process would print the same line.
 
-    Every message of quill's to a user passes here, and is one line whatever the input that it quotes. A stderr that
-    can't be written to, because it is full or closed, stops nothing.
+    Control characters are escaped, so that a message is one line even if it quotes a text with several. Errors of
+    stderr are ignored, for example if it is closed.
     """
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError, ValueError):
@@ -74,7 +75,7 @@ def note(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` with its line ends and other control characters escaped."""
+    """Return `text` with its line ends and other control characters escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -135,7 +136,7 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
     The file runs in a new namespace. Names with a leading underscore, modules and functions are not options.
 
     Raises:
-        UserError: names the file and the line of what is wrong.
+        UserError: the file has a mistake. The message has the file's name and the line.
     """
     path = _find_config_file(Path(path))
     try:
@@ -165,7 +166,7 @@ def _as_text(value, convert=str):
 
 
 def _find_config_file(path: Path) -> Path:
-    """`path`, or the file in quill's own folder if `path` does not exist here; README's names then work anywhere."""
+    """Return `path`, or the same path in quill's folder, so that README's commands work in any folder."""
     ours = CONFIG_DIR.parent / path
     for found in (path, ours):
         if found.is_file():
@@ -176,7 +177,7 @@ def _find_config_file(path: Path) -> Path:
 
 
 def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> dict[str, Any]:
-    """Return the options that one key sets: {key: checked value}, or the options that replace a key of nanoGPT's.
+    """Return the options that one key sets: {key: checked value}, or those that replace a key of nanoGPT's.
 
     where: the start of an error message, such as "--n_layer=x: ".
     """
@@ -203,7 +204,7 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     "none" as None. A Literal takes its members only.
 
     Raises:
-        UserError: `where` (the start of the message), `key`, and the values that the option takes.
+        UserError: the value has another type. The message has `where`, `key` and the values that the option takes.
     """
     choices = typing.get_args(kind)
     if not isinstance(value, (str, int, float, types.NoneType)):

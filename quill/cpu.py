@@ -1,7 +1,7 @@
-"""Faster layers for a CPU, put into a finished model from outside: the same parameters under the same names.
+"""Faster layers for a CPU that replace those of an existing model, with the same parameters under the same names.
 
 torch's own Linear, Dropout and attention leave much of a CPU unused at the sizes of a small GPT. The classes here
-compute the same functions; docs/records/ has what each is worth. Shapes are those of model.py.
+compute the same functions; docs/records/ has the speed-up of each. Shapes are those of model.py.
 """
 
 import math
@@ -17,7 +17,7 @@ from model import CausalSelfAttention
 def speed_up(model):
     """Replace the layers of a model that is on a CPU by the faster ones below, in place. → `model`
 
-    A model on another device stays as it is.
+    A model on another device is not changed.
     """
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
@@ -55,7 +55,7 @@ class Linear(nn.Linear):
         if not few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows, parts = x.reshape(-1, self.in_features), parts_of(self.out_features)
-        # With few rows, most of the time is spent reading the weights, which F.linear does at half the memory's speed.
+        # With few rows, most of the time is spent reading the weights, which F.linear reads at half the memory's speed.
         # As the left factor of a batched product, in parts that the threads share, they are read at full speed.
         y = torch.bmm(self.weight.view(parts, -1, self.in_features), rows.T.expand(parts, -1, -1))
         y = y.view(self.out_features, -1).T.view(*x.shape[:-1], self.out_features)  # from (parts, out / parts, rows)
@@ -71,8 +71,8 @@ def parts_of(out_features):
 class Attention(CausalSelfAttention):
     """CausalSelfAttention without torch's fused kernel where that is slow.
 
-    torch has no fused kernel with dropout on a CPU, and the gradient of its kernel for bfloat16 is slow for blocks
-    of up to 512.
+    torch has no fused kernel with dropout on a CPU, and the gradient of its kernel for bfloat16 is slow for
+    contexts of up to 512 tokens.
     """
 
     def attend(self, q, k, v):  # noqa: D102

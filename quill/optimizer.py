@@ -12,12 +12,12 @@ from quill.options import TrainConfig
 
 
 def lr_multiplier(step: int, config: TrainConfig) -> float:
-    """The fraction of its peak learning rate that each optimizer uses at `step`, counted from 0."""
+    """Return the fraction of its peak learning rate that each optimizer uses at `step`, counted from 0."""
     return learning_rate(step, config) / config.learning_rate
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """AdamW's learning rate at `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
+    """Return AdamW's learning rate at `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
@@ -58,8 +58,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[tuple[torch.o
 class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) for all matrices of one shape at once, orthogonalized in float32.
 
-    One by one, the small matrices of a small GPT take longer than their gradients did. torch's Muon computes in
-    bfloat16, and where the hardware lacks it, the emulation takes longer than the rest of a step.
+    For a small GPT, updating the matrices one at a time takes longer than computing their gradients. torch's Muon
+    computes in bfloat16. On hardware without bfloat16, the emulation takes longer than the rest of a step.
     """
 
     @torch.no_grad()

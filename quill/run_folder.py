@@ -31,7 +31,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[RunFolder]:
-        """Hold the folder's lock. A UserError if another process has it."""
+        """Hold the folder's lock. Raise a UserError if another process has it."""
         with folder_lock(self.path):
             remove_leftovers(self.path)
             yield self
@@ -39,7 +39,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The checkpoints of a run that exist, the one to resume from first.
 
-        Both hold a whole state. A run that is killed in its very first save leaves best.pt alone.
+        Both have a whole state. If a run is killed during its first save, only best.pt exists.
         """
         return [self.path / name for name in CHECKPOINTS if (self.path / name).is_file()]
 
@@ -49,7 +49,7 @@ class RunFolder:
         return [path for path in files if path.is_symlink() or path.exists()] + sorted(self.path.glob(EVENTS))
 
     def refuse_another_run(self, config: TrainConfig) -> None:
-        """A UserError if the folder holds a run that a new run with the options `config` would replace.
+        """Raise a UserError if the folder has a run that a new run with the options `config` would replace.
 
         The run's own unfinished start, which has no checkpoint yet, may be replaced.
         """
@@ -73,7 +73,7 @@ class RunFolder:
             return None
 
     def take(self, config: TrainConfig) -> None:
-        """Delete what the folder holds of another run, and note whose it is now. A resume deletes nothing."""
+        """Delete the files of another run, and write this run's identity. A resumed run deletes nothing."""
         if config.init_from != "resume":
             for path in self.find_run():
                 if path.name != "ckpt.pt":  # nanoGPT's, which quill never writes
@@ -95,6 +95,6 @@ def what_is_kept(out_dir: str | Path) -> str:
 
 
 def folder_of(given: dict[str, object]) -> RunFolder:
-    """The folder that the options `given` name, before they are complete. A UserError if its name can't be one."""
+    """The folder that the options `given` name, before they are complete. Raise a UserError if it has no valid name."""
     known = ("out_dir", "data_dir", "dataset")
     return RunFolder(RunConfig(**{key: given[key] for key in known if key in given}).out_dir)  # pyright: ignore

@@ -30,19 +30,19 @@ class Damage(Exception):
 
 
 def check_to_sample(state: dict[str, Any], path: Path | str) -> None:
-    """A UserError if the keys that sampling and fine-tuning use are not as they must be."""
+    """Raise a UserError if the keys that sampling and fine-tuning use are not as they must be."""
     with_path(path, _check_to_sample, state)
 
 
 def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
-    """A UserError if the keys that only a resume uses are not as they must be."""
+    """Raise a UserError if the keys that only a resume uses are not as they must be."""
     with_path(path, _check_to_resume, state)
 
 
 def check_moments(
     optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]], step: int, path: Path | str
 ) -> None:
-    """A UserError if `saved` are not states of `optimizers` after `step` steps: groups, names, shapes, finite values."""
+    """Raise a UserError if `saved` are not states of `optimizers` after `step` steps, with finite values."""
     if len(saved) != len(optimizers):
         raise UserError(f"{path}: damaged: {len(saved)} optimizers, but this run has {len(optimizers)}")
     for optimizer, state in zip(optimizers, saved, strict=True):

@@ -1,7 +1,7 @@
 """How likely a model finds a text: a row for each token, as a table or as JSON.
 
-The code of validation (quill/data/batches.py) decides what is predicted from what, so the total is the loss that
-training would report for the text:
+The targets are chosen by the same code as in an evaluation (quill/data/batches.py), so the mean loss is what an
+evaluation of these ids would report:
 
     documents   Every line that is not blank is a document, `BOS a n n a BOS`. The BOS that ends it is predicted too.
     a stream    The first token is predicted from a newline, as in sampling with an empty prompt. If the vocabulary has
@@ -64,7 +64,7 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
         replaces; with a token per character, bits per character are then the mean loss / ln 2.
 
     Raises:
-        UserError: names the characters that the vocabulary lacks.
+        UserError: the vocabulary lacks a character.
     """
     if tokenizer.is_documents:
         text = join_documents(split_documents(text, tokenizer))

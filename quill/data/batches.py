@@ -3,9 +3,10 @@
 A batch is `(x, y)`, both (B, T) int64. `y` is `x` shifted by one, and -1 where nothing is predicted.
 
 A *row* is the piece of a token file that fills one row of a batch. It is given by its start and by its length, the
-number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset of the epoch's own; over
-the epochs the offset takes every possible value, so that every token is predicted. A document fills a row by itself, or several rows if it is longer than block_size; two documents never share one.
-Every row is used once per epoch, in an order that each epoch draws anew.
+number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset that depends on the
+epoch. Over the epochs the offset takes every possible value, so that every token is predicted. A document fills a row
+by itself, or several rows if it is longer than block_size; two documents never share a row. Every row is used once per
+epoch, in a random order that differs from epoch to epoch.
 
 Shapes: N tokens in a file, R rows, B rows in a batch, T = block_size.
 """
@@ -22,7 +23,7 @@ import torch
 Rows = tuple[np.ndarray, np.ndarray]  # starts and lengths, (R,) each
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x and y, (B, T) each, and the number of tokens that they predict
 
-DATA_ORDER = 2  # of new runs. 1 (quill 0.1): a stream's last tokens were out of reach of every offset
+DATA_ORDER = 2  # of new runs. With 1 (quill 0.1), no offset reached a stream's last tokens
 
 ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
@@ -30,7 +31,7 @@ GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
 
 
 def derive_seed(*parts: str | int) -> int:
-    """A 63-bit seed for one purpose, such as ("order", seed, epoch). It is the same on every machine and version."""
+    """Return a 63-bit seed for one purpose, such as ("order", seed, epoch), the same on every machine and version."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -56,10 +57,10 @@ def cut_documents(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
 
 
 def stream_offset(seed: int, epoch: int, slack: int, block_size: int, data_order: int) -> int:
-    """The offset from which `epoch` cuts a stream, 0 ≤ offset ≤ slack. slack: the tokens that an epoch leaves out.
+    """Return the offset from which `epoch` cuts a stream, 0 ≤ offset ≤ slack.
 
-    It moves by nearly the golden section of its range. So it takes each value once in slack + 1 epochs, and after a few
-    epochs no gap in the range is large.
+    slack: the number of tokens that an epoch leaves out. From epoch to epoch, the offset moves by about 0.618 of its
+    range. So it takes each value once in slack + 1 epochs, and a few epochs already spread over the whole range.
     """
     if data_order == 1:
         return derive_seed("phase", seed, epoch) % (min(slack, block_size - 1) + 1)
@@ -96,8 +97,8 @@ class Batches:
             bos: the id that starts a document; None for a stream, which must have more than block_size tokens.
             block_size: T, the length of a row in a batch.
             rows: rows in the global batch of a step, over all ranks; a multiple of world_size.
-            micro_rows: most rows in a micro-batch.
-            seed: the run's seed, from which the epochs' orders and offsets derive.
+            micro_rows: maximum number of rows in a micro-batch.
+            seed: the run's seed, from which the order and the offset of each epoch are derived.
             device: where batches are put.
             rank: which rank this is, from 0.
             world_size: the number of ranks.
@@ -110,8 +111,8 @@ class Batches:
         self.n_tokens = len(tokens)
         self.id_mask = np.iinfo(tokens.dtype).max
         if bos is None:
-            # So few windows that the offset can be anything from 0 to block_size - 1: then no token is always at the
-            # edge of a window.
+            # With so few windows, the offset can be any number from 0 to block_size - 1. So no token is at the edge of
+            # a window in every epoch.
             self.rows_per_epoch = max(1, (self.n_tokens - block_size) // block_size)
         else:
             self.document_rows = cut_documents(tokens, bos, block_size)

@@ -41,7 +41,7 @@ class Tokenizer:
         return self.size if self.is_documents else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode `text` to its ids (T,), int64. A UserError names the characters that the vocabulary lacks."""
+        """Encode `text` to its ids (T,), int64. Raise a UserError if the vocabulary lacks a character."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int] | np.ndarray, errors: str = "replace") -> str:
@@ -66,11 +66,11 @@ class Tokenizer:
         return self.encode(text or self.newline())
 
     def newline(self) -> str:
-        """The text that an empty prompt of a stream is replaced by."""
+        """Return the text that replaces an empty prompt of a stream."""
         return "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """The description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
+        """Return the description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
         return {"kind": self.kind, "documents": self.is_documents}
 
     def __eq__(self, other: object) -> bool:
@@ -114,11 +114,11 @@ class CharTokenizer(Tokenizer):
         return decode
 
     def newline(self) -> str:
-        """A newline, or the first character of a vocabulary without one."""
+        """Return a newline, or the first character of a vocabulary without one."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
     def to_json(self) -> dict[str, Any]:
-        """The description, with the characters in the order of their ids."""
+        """Return the description, with the characters in the order of their ids."""
         return super().to_json() | {"chars": self.chars}
 
 
@@ -151,7 +151,7 @@ KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (CharTokenizer,
 
 
 def from_json(values: Any) -> Tokenizer:
-    """Make the tokenizer that `Tokenizer.to_json` described. A UserError if `values` is not such a description."""
+    """Make the tokenizer that `Tokenizer.to_json` described. Raise a UserError if `values` is not one."""
     values = values if isinstance(values, dict) else {}
     kind, is_documents, chars = (values.get(key) for key in ("kind", "documents", "chars"))
     if not isinstance(kind, str) or kind not in KINDS:
@@ -166,7 +166,7 @@ def from_json(values: Any) -> Tokenizer:
 
 
 def code_points(text: str) -> np.ndarray:
-    """The code points of `text`, (T,) uint32. Half of a surrogate pair is a code point too."""
+    """Return the code points of `text`, (T,) uint32. Half of a surrogate pair is a code point too."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
