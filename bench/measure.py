@@ -104,7 +104,7 @@ def peer_machine_options(config: BenchConfig) -> dict[str, str]:
 
 
 def on_gpu(config: BenchConfig) -> bool:
-    """Whether the bench's device is CUDA."""
+    """Return whether the bench's device is CUDA."""
     return pick_machine(config).device.type == "cuda"
 
 

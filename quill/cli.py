@@ -260,7 +260,7 @@ def _as_bool(value: Any) -> bool | None:
 
 
 def option_types(schema: type[Checked]) -> dict[str, Any]:
-    """The type of every option of `schema`, by name."""
+    """Return the type of every option of `schema`, by name."""
     hints = typing.get_type_hints(schema)
     return {f.name: hints[f.name] for f in _fields(schema)}
 
@@ -270,18 +270,18 @@ def _fields(schema: type[Checked]) -> tuple[Field[Any], ...]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The hint " (did you mean X?)" for the closest of `known`, or "" if none is close."""
+    """Return the hint " (did you mean X?)" for the closest of `known`, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def config_files() -> list[Path]:
-    """The configs that ship with quill, sorted by name."""
+    """Return the configs that ship with quill, sorted by name."""
     return sorted(p for p in CONFIG_DIR.rglob("*.py") if not p.name.startswith("_"))
 
 
 def list_configs() -> str:
-    """One line for each config that ships with quill: its path and the first line of its docstring."""
+    """Return one line for each config that ships with quill: its path and the first line of its docstring."""
     rows = []
     for path in config_files():
         try:
@@ -294,7 +294,7 @@ def list_configs() -> str:
 
 
 def help_text(schema: type[Checked], doc: str) -> str:
-    """What `--help` prints: `doc`, then each group of `schema` with a line per option (name, default, help)."""
+    """Return what `--help` prints: `doc`, then each group of `schema` with a line per option (name, default, help)."""
     lines = [doc.strip(), ""]
     hints = option_types(schema)
     for group in reversed(schema.__mro__):
@@ -311,14 +311,14 @@ def help_text(schema: type[Checked], doc: str) -> str:
 
 
 def describe_default(schema: type[Checked], key: str) -> str:
-    """An option's default as it is written in a flag; "" for None."""
+    """Return an option's default as a flag has it; "" for None."""
     default = next(f.default for f in _fields(schema) if f.name == key)
     assert default is not MISSING, f"{key} has no default"
     return "" if default is None else str(default)
 
 
 def _line_of(key: str, path: Path) -> int | str:
-    """The number of the line on which a config file last assigns `key`; "?" if none does so by name."""
+    """Return the number of the line on which a config file last assigns `key`; "?" if none does so by name."""
     lines = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_bytes()))  # bytes, because the file may name its encoding

@@ -7,7 +7,7 @@ MOMENT = 0.05  # seconds over which the use of the cores is measured
 
 
 def cores_in_use() -> float:
-    """How many of the cores that this process may use are in use now, by any program. 0 if that is not known."""
+    """Return how many of the cores that this process may use are in use now, by any program. 0 if that is not known."""
     try:
         mine = os.sched_getaffinity(0)
         before = _idle_seconds(mine)

@@ -43,7 +43,7 @@ class Dropout(nn.Dropout):
 
 
 def rounded(p):
-    """The probability nearest to `p` that 16 bits can express, and below 1."""
+    """Return the probability below 1 that is nearest to `p` and that 16 bits can express."""
     return min(round(p * 2**16), 2**16 - 1) / 2**16
 
 
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 
 @cache
 def parts_of(out_features):
-    """The smallest number of equal parts, from 2 to 31, into which the rows of a weight can be split; else 1."""
+    """Return the smallest number of equal parts, from 2 to 31, into which the rows of a weight can be split; else 1."""
     return next((n for n in range(2, 32) if out_features % n == 0), 1)
 
 

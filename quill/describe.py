@@ -41,7 +41,7 @@ def describe(config: TrainConfig, vocab_size: int, batches: Batches) -> str:
 
 
 def _module_lines(model, config):
-    """One line for each module that has parameters. Blocks after the first have the same shapes and share a line."""
+    """Yield a line for each module with parameters. Blocks after the first have the same shapes and share a line."""
     for name, module in model.named_modules():
         layer = re.match(r"transformer\.h\.(\d+)", name)
         if layer and int(layer[1]) > 0:

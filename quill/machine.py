@@ -102,7 +102,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def agreed(self, group: ProcessGroup) -> int:
-        """The signal that any rank has received, or 0, so that all ranks stop after the same step."""
+        """Return the signal that any rank has received, or 0, so that all ranks stop after the same step."""
         return group.max(self.received)
 
 

@@ -225,7 +225,7 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation follows once `step` steps are done."""
+        """Return whether an evaluation follows once `step` steps are done."""
         return step % self.eval_interval == 0 or step == self.max_iters
 
 

@@ -37,7 +37,7 @@ class RunFolder:
             yield self
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints of a run that exist, the one to resume from first.
+        """Return the checkpoints of a run that exist, the one to resume from first.
 
         Both have a whole state. If a run is killed during its first save, only best.pt exists.
         """
@@ -83,18 +83,18 @@ class RunFolder:
 
 
 def identity(config: TrainConfig) -> str:
-    """A digest of the options that make a run what it is."""
+    """Return a digest of the options that make a run what it is."""
     options = {key: value for key, value in asdict(config).items() if key not in VOLATILE}
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
 
 def what_is_kept(out_dir: str | Path) -> str:
-    """The end of an error message: which checkpoint of the run in `out_dir` remains, if any."""
+    """Return the end of an error message: which checkpoint of the run in `out_dir` remains, if any."""
     held = RunFolder(str(out_dir)).checkpoints()
     return f"{held[0]} is kept" if held else "no checkpoint had been saved"
 
 
 def folder_of(given: dict[str, object]) -> RunFolder:
-    """The folder that the options `given` name, before they are complete. Raise a UserError if it has no valid name."""
+    """Return the folder that the incomplete options `given` name. Raise a UserError if its name is not valid."""
     known = ("out_dir", "data_dir", "dataset")
     return RunFolder(RunConfig(**{key: given[key] for key in known if key in given}).out_dir)  # pyright: ignore

@@ -118,7 +118,7 @@ def _check_moments(optimizer, saved, step):
 
 
 def _expected_shapes(config, vocab_size, weights):
-    """The shapes that the model's weights must have, from a model without memory. → {name: shape}"""
+    """Return the shapes that the model's weights must have, from a model without memory. → {name: shape}"""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise Damage("model must be weights by name")
     layers = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
@@ -190,7 +190,7 @@ def _is_plain_tensor(value):
 
 
 def _fits(value, kind):
-    """Whether `value` is of an option's type, without any conversion but from int to float."""
+    """Return whether `value` is of an option's type, without any conversion but from int to float."""
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return any(value == choice and type(value) is type(choice) for choice in choices)

@@ -147,13 +147,13 @@ def readable(text: str, bos: str | None = None) -> list[str]:
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
-    """How each token is shown, by id: a list of V strings."""
+    """Return how each token is shown, by id: a list of V strings."""
     end = END if tokenizer.is_documents else None
     return ["".join(readable(tokenizer.decode([i], "surrogateescape"), end)) for i in range(tokenizer.vocab_size)]
 
 
 def context_tail(ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
-    """The end of a context, at most CONTEXT_WIDTH columns wide; it starts with … if it is shortened."""
+    """Return the end of a context, at most CONTEXT_WIDTH columns wide; it starts with … if it is shortened."""
     ids = ids[-4 * (CONTEXT_WIDTH + 1) :]  # a character has up to 4 bytes, so this is more than is shown
     cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.is_documents else None)
     if sum(map(width, cells)) <= CONTEXT_WIDTH:
@@ -164,7 +164,7 @@ def context_tail(ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def width(text: str) -> int:
-    """Columns that `text` takes on a terminal; Chinese, Japanese and Korean characters take two."""
+    """Return the number of columns of `text` on a terminal. Chinese, Japanese and Korean characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 

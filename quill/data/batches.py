@@ -127,7 +127,7 @@ class Batches:
         self.prefetched: tuple[int, Future[tuple[int, list[Batch]]]] | None = None  # step and its batch
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch's rows: a permutation (rows_per_epoch,).
+        """Return the order of an epoch's rows: a permutation (rows_per_epoch,).
 
         It sorts raw Philox words, because numpy may change the algorithm of Generator.permutation between versions.
         """
@@ -135,7 +135,7 @@ class Batches:
         return np.argsort(words, kind="stable")
 
     def step_rows(self, step: int) -> Rows:
-        """The rows of a step's global batch, on all ranks: starts and lengths, (rows,) each."""
+        """Return the rows of a step's global batch, on all ranks: starts and lengths, (rows,) each."""
         nth = step * self.rows + np.arange(self.rows)  # counted from the start of the run, over all epochs
         epochs, places = np.divmod(nth, self.rows_per_epoch)
         starts, lengths = np.empty_like(nth), np.full_like(nth, self.block_size)
@@ -175,7 +175,7 @@ class Batches:
         return total, [self.gather(starts[i : i + self.micro_rows], lengths[i : i + self.micro_rows]) for i in cuts]
 
     def validation_rows(self) -> Rows:
-        """The rows of the whole split, in order: every token but the first of a stream is predicted once."""
+        """Return the rows of the whole split, in order: every token but the first of a stream is predicted once."""
         return cut_stream(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
 
     def validation(self, max_rows: int | None = None) -> Iterator[Batch]:

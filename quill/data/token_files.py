@@ -186,7 +186,7 @@ def encode_splits(text: TextFile, scan: Scan, digest: Digest) -> Iterator[tuple[
 
 
 def in_val(documents: list[str], moved: str | None = None) -> np.ndarray:
-    """Which of `documents` are for validation, (len(documents),) bool. `moved`, if any, is in the other split."""
+    """Return which of `documents` are for validation, (len(documents),) bool. `moved`, if any, changes its split."""
     sums = np.fromiter(map(zlib.crc32, map(str.encode, documents)), np.uint32, len(documents))
     return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
 

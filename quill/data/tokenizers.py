@@ -74,7 +74,7 @@ class Tokenizer:
         return {"kind": self.kind, "documents": self.is_documents}
 
     def __eq__(self, other: object) -> bool:
-        """Whether both give the same ids to every text."""
+        """Return whether both encode every text to the same ids."""
         return isinstance(other, Tokenizer) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
