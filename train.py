@@ -160,9 +160,10 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     state.train_model = parallelize(compiled, machine.group)
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""
+    dtype, tokens = str(machine.dtype).removeprefix("torch."), data.dataset
     observers.say(
-        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {str(machine.dtype).removeprefix('torch.')}; "
-        f"{len(data.dataset.train):,} tokens to train on, {len(data.dataset.val):,} to evaluate on"
+        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {dtype}; "
+        f"{len(tokens.train):,} tokens to train on, {len(tokens.val):,} to evaluate on"
     )
     with StopSignals() as stop, observers:
         return train(state, data, config, machine, observers, stop)
@@ -172,8 +173,8 @@ def start(
     config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine, folder: RunFolder
 ) -> int:
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
-    is_resume = saved is not None and config.init_from == "resume"
-    data = open_splits(config, machine, saved["data_order"] if is_resume else DATA_ORDER)
+    is_resume = config.init_from == "resume"
+    data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
         checkpoint.check_vocabulary(saved, data.dataset)
     if config.dry_run:

@@ -7,6 +7,7 @@ in files. The options themselves are in quill/options.py. This module and quill/
 
 import ast
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -54,11 +55,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         drop_output()
         code = 0
     except OSError as error:
-        where = error.filename
-        if where is None and not _flushes(sys.stdout):
-            where = "can't write to stdout"
+        # Files are written by quill/files.py, whose errors name them. What is left without a name is stdout.
+        is_stdout = error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
+        if is_stdout:
             drop_output()
-        note(f"{name}: {where or 'system'}: {error.strerror or error}")
+        where = "can't write to stdout" if is_stdout else error.filename or "system"
+        note(f"{name}: {where}: {error.strerror or error}")
         code = 2
     sys.exit(code)
 
@@ -77,14 +79,6 @@ def note(text: str) -> None:
 def one_line(text: str) -> str:
     """Return `text` with its line ends and other control characters escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def _flushes(stream):
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def drop_output() -> None:
@@ -157,7 +151,7 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
     return values
 
 
-def _as_text(value, convert=str):
+def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
     """`convert(value)`, for objects of a config file whose methods may fail."""
     try:
         return convert(value)

@@ -1,6 +1,6 @@
 """Atomic writes, and a lock that gives a folder to one process.
 
-Nothing here writes through a symbolic link: a temporary file is always a new one, and a rename replaces the link itself.
+Nothing here writes through a symbolic link: a temporary file is always a new file, and a rename replaces the link.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from quill.errors import UserError
 def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
     """Write new versions of `paths`, and put them in place together when the `with` block ends.
 
-    The block gets one binary file per path. These are new temporary files in the folder of the first path, which is made
-    if it does not exist. When the block ends, they are synced to the disk and renamed to `paths`. If it raises, they
-    are deleted and `paths` stay unchanged. A process that is killed does not delete them: see `remove_leftovers`.
+    The block gets one binary file per path. These are new temporary files in the folder of the first path, which is
+    made if it does not exist. When the block ends, they are synced to the disk and renamed to `paths`. If it raises,
+    they are deleted and `paths` stay unchanged. A process that is killed does not delete them: see `remove_leftovers`.
 
     With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
     the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.
@@ -80,8 +80,8 @@ def open_without_links(path: Path, flags: int) -> int:
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Lock `folder` for this process while the `with` block runs. The folder is made if it does not exist.
 
-    The operating system releases the lock when the process ends, also after a crash. The empty file .lock remains, unless
-    this made the folder and the block raised without writing anything else: then both are removed.
+    The operating system releases the lock when the process ends, also after a crash. The empty file .lock remains. If
+    this made the folder, and the block raises without having written anything else, both are removed.
     On Windows, and on file systems without locks, nothing is locked.
 
     wait: wait for another process to release the lock, instead of raising.

@@ -111,7 +111,7 @@ def pick_machine(
     group: ProcessGroup = ProcessGroup(),  # noqa: B008 - it is frozen
     saved_threads: int | None = None,
 ) -> Machine:
-    """`config.device`, `config.dtype`, `config.threads` → Machine, and set the number of torch's threads.
+    """Pick the device and the dtype that `config` asks for, and set the number of torch's threads.
 
     Under torchrun, each process of a node uses its own GPU. saved_threads: the number of threads in the checkpoint. A
     resumed run keeps it, because it decides how sums are rounded. Raise a UserError if the device or the dtype is not

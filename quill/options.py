@@ -164,6 +164,12 @@ class OptimizerConfig(Checked):
     )
 
     def _check_group(self) -> None:
+        rows = self.batch_size * self.gradient_accumulation_steps
+        if rows > 2**31 or rows * self.max_iters > 2**62:
+            raise UserError(
+                f"--batch_size={self.batch_size} × --gradient_accumulation_steps={self.gradient_accumulation_steps}: "
+                "too many sequences in a step, or in --max_iters of them"
+            )
         if self.schedule != "constant" and self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr={self.min_lr} is above --learning_rate={self.learning_rate}")
         if self.wsd_decay > 1:

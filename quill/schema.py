@@ -1,7 +1,7 @@
 """What a checkpoint must hold: types, ranges and shapes, checked before anything is built from it, and then trusted.
 
-A file with valid checksums can still hold anything: edited by hand, or written by another program. Every check here ends
-in a UserError that names the file, the key, what was expected and what was found.
+A file with valid checksums can still hold anything: edited by hand, or written by another program. Every check here
+raises a UserError that names the file, the key, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -194,8 +194,10 @@ def _fits(value, kind):
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return any(value == choice and type(value) is type(choice) for choice in choices)
-    if types.NoneType in choices:
-        return value is None or _fits(value, choices[0])
+    if choices:  # a union
+        return any(_fits(value, choice) for choice in choices)
+    if kind is types.NoneType:
+        return value is None
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is kind
@@ -205,7 +207,8 @@ def _name(kind):
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, choices))}"
-    kind = choices[0] if choices else kind
+    if choices:
+        return " or ".join(_name(choice) for choice in choices if choice is not types.NoneType)
     return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
 
 

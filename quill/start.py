@@ -5,8 +5,8 @@
 
 This is the one module of quill that does something when it is imported:
 
-1. Standard streams that are closed (`train.py >&-`) become the null device. Otherwise the next file that is opened, such
-   as a checkpoint, would get their number, and receive what is printed.
+1. Standard streams that are closed (`train.py >&-`) become the null device. Otherwise the next file that is opened,
+   such as a checkpoint, would get their number, and receive what is printed.
 2. Ctrl-C during the imports, which take seconds, ends the process silently with exit code 130.
 3. It decides how torch's threads wait for each other. By default they spin: they ask again and again without giving up
    their core. That is fast on a quiet machine, and many times slower if another program needs one of the cores.
@@ -15,9 +15,19 @@ This is the one module of quill that does something when it is imported:
 
 import os
 import signal
-import sys
 
-from quill.cores import cores_in_use, cpu_quota
+
+def end_silently(number: int, frame: object) -> None:
+    """Handle a signal by ending the process at once; quill.cli.run restores Python's own handler."""
+    os._exit(128 + number)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_silently)
+
+import sys  # noqa: E402 - as little as possible before the handler
+
+from quill.cores import cores_in_use, cpu_quota  # noqa: E402
 
 SPINS = "10000"  # of a waiting thread before it sleeps, on a quiet machine: measured in docs/records/
 BUSY = 0.5  # cores that other programs use, from which the machine counts as busy
@@ -31,12 +41,8 @@ def open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", encoding="utf-8", closefd=False))
-
-
-def end_silently(number: int, frame: object) -> None:
-    """Handle a signal by ending the process at once; quill.cli.run restores Python's own handler."""
-    os._exit(128 + number)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def choose_waiting(environment: "os._Environ[str]") -> None:
@@ -50,6 +56,4 @@ def choose_waiting(environment: "os._Environ[str]") -> None:
 
 
 open_closed_streams()
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_silently)
 choose_waiting(os.environ)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quill.data import batches as module
-from quill.data.batches import Batches, derive_seed
+from quill.data.batches import Batches, derive_seed, stream_offset
 
 CPU = torch.device("cpu")
 
@@ -61,11 +61,28 @@ def test_every_window_once_an_epoch_and_another_offset_and_order_in_the_next():
         starts = np.concatenate([batches.step_rows(epoch * 31 + step)[0] for step in range(31)])
         ordered = np.sort(starts)
         assert (np.diff(ordered) == 8).all()
-        assert 0 <= ordered[0] < 8
+        assert 0 <= ordered[0] <= 1002 - 124 * 8
         assert ordered[-1] + 8 < 1003
         epochs.append(starts)
     assert len({int(starts.min()) for starts in epochs}) > 2  # offsets differ
     assert len({tuple(np.argsort(starts)) for starts in epochs}) == 6  # orders differ
+
+
+def test_the_end_of_tiny_shakespeare_is_a_target():
+    """A train split of 1,003,854 tokens in blocks of 64: 78 offsets, of which 0.1's order used 64."""
+    n, block_size = 1_003_854, 64
+    slack = n - 1 - (n - block_size) // block_size * block_size
+    assert slack == 77
+    offsets = {order: {stream_offset(1337, epoch, slack, 64, order) for epoch in range(1000)} for order in (1, 2)}
+    assert offsets[1] == set(range(64))
+    assert offsets[2] == {stream_offset(1337, epoch, slack, 64, 2) for epoch in range(78)} == set(range(78))
+
+
+def test_the_order_of_older_runs_is_kept():
+    """Order 1, as it was before there was another: these numbers may never change."""
+    batches = make(stream(1003), rows=4, data_order=1)
+    rows = [batches.step_rows(step)[0].tolist() for step in (0, 31, 62, 93)]
+    assert rows == [[357, 341, 805, 389], [530, 618, 138, 98], [987, 475, 3, 699], [462, 742, 350, 270]]
 
 
 def test_a_step_may_use_rows_of_several_epochs():

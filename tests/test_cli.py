@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from quill.cli import CONFIG_DIR, config_files, help_text, list_configs, read_args, read_config_file
+from quill.cli import (
+    CONFIG_DIR,
+    coerce,
+    config_files,
+    help_text,
+    list_configs,
+    note,
+    option_types,
+    read_args,
+    read_config_file,
+)
 from quill.errors import UserError
 from quill.options import PrepareConfig, SampleConfig, TrainConfig
 
@@ -96,7 +106,7 @@ def test_wrong_flags(argv, words):
         ("n_layer = 2\nbias = 'x'\n", ["run.py, line 2", "True or False"]),
         ("n_layer = 2\n\nn_head = = 3\n", ["run.py, line 3", "invalid syntax"]),
         ("x = 1\n1 / 0\n", ["run.py, line 2", "ZeroDivisionError"]),
-        ("n_layer = [1]\n", ["line 1", "whole number"]),
+        ("n_layer = [1]\n", ["line 1", "n_layer takes a number", "[1]"]),
         ("dataset = 3\n", ["line 1", "a text in quotes"]),
         ("import nonsense_module\n", ["line 1", "nonsense_module"]),
         ("raise SystemExit(3)\n", ["line 1", "SystemExit"]),
@@ -174,3 +184,64 @@ def test_cli_imports_the_standard_library_only():
     code = "import quill.cli, sys; print(not {'torch', 'numpy', 'tqdm'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"\xef\xbb\xbfn_layer = 2\n",
+        b"# -*- coding: latin-1 -*-\nn_layer = 2  # \xe9\n",
+    ],
+    ids=["byte-order mark", "latin-1"],
+)
+def test_encodings_of_a_config_file(tmp_path, source):
+    """A key that is wrong is still found on its line."""
+    path = tmp_path / "run.py"
+    path.write_bytes(source)
+    assert read_config_file(path, TrainConfig) == {"n_layer": 2}
+    path.write_bytes(source + b"\nn_heads = 3\n")
+    with pytest.raises(UserError, match=f"line {source.count(10) + 2}: there is no option n_heads"):
+        read_config_file(path, TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("class Stop(BaseException): pass\nraise Stop('no')\n", "line 2: Stop: no"),
+        ("class Bad(Exception):\n    def __str__(self): 1 / 0\nraise Bad\n", "Bad: <Bad that can't be printed"),
+        ("class Bad:\n    def __repr__(self): 1 / 0\nn_layer = Bad()\n", "n_layer takes .*not <Bad that can't be pr"),
+        ("class Bad:\n    def __eq__(self, other): 1 / 0\n    __hash__ = None\nnorm = Bad()\n", "norm takes"),
+        ("raise ValueError('two\\nlines')\n", "line 1: ValueError: two\nlines"),
+    ],
+)
+def test_contrived_config_files(tmp_path, source, words):
+    path = tmp_path / "run.py"
+    path.write_text(source, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        read_config_file(path, TrainConfig)
+
+
+def test_a_config_file_can_be_interrupted(tmp_path):
+    path = tmp_path / "run.py"
+    path.write_text("raise KeyboardInterrupt\n", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        read_config_file(path, TrainConfig)
+
+
+def test_a_message_is_one_line_whatever_it_quotes(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    note("--dataset=a\nb\r\x1b[31m\u2028\udc80 é 語")
+    assert capsys.readouterr().err == "--dataset=a\\nb\\r\\x1b[31m\\u2028\\udc80 é 語\n"
+
+
+@pytest.mark.parametrize("option, value", [("out_dir", "a\0b"), ("dataset", "\ud800"), ("init_from", "x\0")])
+def test_names_that_no_file_can_have(option, value):
+    with pytest.raises(UserError, match=f"--{option}=.*must be UTF-8 text without null characters"):
+        TrainConfig(**{option: value})
+
+
+@pytest.mark.parametrize("value, expected", [("auto", "auto"), ("3", 3), (2, 2)])
+def test_an_option_that_is_a_number_or_a_word(value, expected):
+    assert coerce(value, option_types(TrainConfig)["threads"], "", "threads") == expected
+    with pytest.raises(UserError, match="threads takes a whole number, not 'x'; or auto"):
+        coerce("x", option_types(TrainConfig)["threads"], "", "threads")

@@ -137,4 +137,4 @@ def test_the_stronger_model_of_names(tmp_path):
     """1.959 in docs/records, on names that are held out with all their copies, with at most 200,000 parameters."""
     rows = train(tmp_path, "config/names32k.py")
     assert rows[-1]["val_loss"] <= 1.97
-    assert checkpoint.load_model(checkpoint.load(tmp_path / "run" / "last.pt"), "last.pt").num_params() <= 200_000
+    assert checkpoint.load_model(checkpoint.load(tmp_path / "run" / "last.pt")).num_params() <= 200_000

@@ -118,3 +118,19 @@ def test_sampling_follows_the_distribution(device):
     ]
     for options, weights in cases:
         torch.testing.assert_close(frequencies(**options), expected(weights), atol=0.005, rtol=0)
+
+
+def test_top_p_keeps_the_likeliest_and_at_1_everything(device, monkeypatch):
+    """float32's running sum of 50,257 probabilities reaches 1 early; a top_p below float32's range is 0 in it."""
+    logits = torch.linspace(0, -30, 50_257, device=device)[None]
+    kept, multinomial = [], torch.multinomial
+
+    def count(probs, *args, **options):
+        kept.append(int((probs > 0).sum()))
+        return multinomial(probs, *args, **options)
+
+    monkeypatch.setattr(torch, "multinomial", count)
+    for top_p in (1.0, 1e-46):
+        token = sample_token(logits, top_p=top_p, generator=torch.Generator(device).manual_seed(0))
+    assert kept == [50_257, 1]
+    assert token.item() == 0

@@ -29,7 +29,7 @@ def test_nanogpts_checkpoint(tmp_path, prefix):
     torch.save(theirs, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
     assert (loaded["step"], loaded["best_val_loss"], loaded["config"]["dataset"]) == (250, 1.25, "prose")
-    model = checkpoint.load_model(loaded, "")
+    model = checkpoint.load_model(loaded)
     assert all(torch.equal(value, ours["model"][key]) for key, value in model.state_dict().items())
     del theirs["model_args"]["n_head"]
     torch.save(theirs, tmp_path / "ckpt.pt")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # in parentheses may be imported inside functions only. A file may import from lower layers and from its own.
 LAYERS = [
     {"config/": ""},
-    {"quill/__init__.py": "", "quill/start.py": "", "quill/errors.py": "", "quill/files.py": ""},
+    {"quill/__init__.py": "", "quill/start.py": "", "quill/cores.py": "", "quill/errors.py": "", "quill/files.py": ""},
     {"quill/options.py": "", "quill/cli.py": ""},
     {
         "quill/data/__init__.py": "",
@@ -25,12 +25,13 @@ LAYERS = [
         "quill/data/tokenizers.py": "numpy tqdm (tokenizers)",
         "quill/data/token_files.py": "numpy tqdm",
         "quill/data/batches.py": "numpy tqdm torch",
+        "quill/data/splits.py": "numpy tqdm torch",
         "quill/machine.py": "torch",
         "quill/distributed.py": "torch",
     },
     {"model.py": "torch", "quill/optimizer.py": "torch", "quill/cpu.py": "torch", "quill/generation.py": "torch"},
     {"quill/interop.py": "torch"},
-    {"quill/checkpoint.py": "torch"},
+    {"quill/checkpoint.py": "torch", "quill/run_folder.py": "", "quill/schema.py": "torch"},
     {"quill/state.py": "torch"},
     {"quill/observers/": "torch tqdm (tensorboard)", "quill/scoring.py": "numpy torch", "quill/describe.py": "torch"},
     {"quill/play/": "starlette uvicorn"},

@@ -201,6 +201,21 @@ def test_every_token_of_a_stream_is_evaluated_once(n, block_size, world_size, ro
 
 
 @bounded
+@given(n=st.integers(3, 300), block_size=st.integers(1, 64), seed=st.integers(0, 2**40))
+def test_every_token_of_a_stream_is_a_target_over_the_epochs(n, block_size, seed):
+    """Within as many epochs as there are offsets; each window lies within the stream."""
+    n = max(n, block_size + 2)
+    device = torch.device("cpu")
+    tokens = np.arange(n, dtype=np.uint16)
+    batches = Batches(tokens, None, block_size, rows=1, micro_rows=1, seed=seed, device=device)
+    slack = n - 1 - batches.rows_per_epoch * block_size
+    steps = range((slack + 1) * batches.rows_per_epoch)
+    starts = np.concatenate([batches.step_rows(step)[0] for step in steps])
+    targets = np.unique(starts[:, None] + 1 + np.arange(block_size))
+    assert targets.tolist() == list(range(1, n))
+
+
+@bounded
 @given(n=st.integers(10, 200), step=st.integers(0, 50), **SHAPES)
 def test_the_ranks_of_a_step_share_its_rows(n, step, block_size, world_size, rows):
     tokens = np.arange(n, dtype=np.uint16)
@@ -237,9 +252,9 @@ class Points:
         return call
 
 
-def write_two_halves(paths, points, shared):
+def write_two_halves(paths, points):
     """Replace `paths` by a new version, in two writes each."""
-    with replacing(*paths, shared=shared) as files:
+    with replacing(*paths) as files:
         for file in files:
             for half in (b"new ", b"bytes"):
                 points()
@@ -255,9 +270,8 @@ ERRORS = (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
     there=st.lists(st.booleans(), min_size=1, max_size=3),
     failing=st.integers(0, 20),
     error=st.sampled_from(ERRORS),
-    shared=st.booleans(),
 )
-def test_a_write_that_fails_leaves_old_bytes_or_new_ones(there, failing, error, shared):
+def test_a_write_that_fails_leaves_old_bytes_or_new_ones(there, failing, error):
     """`there`: for each file, whether it has an old version. The last one tells that all are of one version."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"file{i}" for i in range(len(there))]
@@ -270,7 +284,7 @@ def test_a_write_that_fails_leaves_old_bytes_or_new_ones(there, failing, error, 
         failed = False
         with mock.patch.multiple(os, **patched):
             try:
-                write_two_halves(paths, points, shared)
+                write_two_halves(paths, points)
             except (UserError, KeyboardInterrupt, RuntimeError):
                 failed = True
         after = [path.read_bytes() if path.exists() else None for path in paths]

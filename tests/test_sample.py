@@ -6,6 +6,7 @@ import torch
 import sample
 import train
 from quill import checkpoint
+from quill.data import token_files
 from quill.errors import UserError
 
 
@@ -52,7 +53,7 @@ def test_greedy_text_is_the_models_own(runs, capsys):
     """The expected text is made by a loop that takes the argmax without a cache."""
     out = write(capsys, runs, "prose", "--start=the", "--num_samples=1", "--max_new_tokens=12", "--temperature=0")
     state = checkpoint.load(runs / "prose" / "best.pt")
-    model = checkpoint.load_model(state, "").eval()
+    model = checkpoint.load_model(state).eval()
     tokenizer = sample.find_tokenizer(state, None, "")
     ids = torch.tensor(tokenizer.encode("the").tolist())[None]
     with torch.no_grad():
@@ -67,7 +68,7 @@ def test_the_first_sample_is_written_as_it_is_drawn(runs):
     config = sample.SampleConfig(num_samples=2, max_new_tokens=20, device="cpu", start="a")
     machine = sample.pick_machine(config)
     tokenizer = sample.find_tokenizer(state, config, "")
-    sample.sample(checkpoint.load_model(state, ""), tokenizer, "a", config, machine, pieces.append)
+    sample.sample(checkpoint.load_model(state), tokenizer, "a", config, machine, pieces.append)
     assert pieces[0] == "a"
     assert all(len(piece) == 1 for piece in pieces[1:21])
     assert len(pieces) == 23
@@ -127,7 +128,18 @@ def test_a_nanogpt_run_samples_with_the_dataset_prepared_here(runs, data_dir, tm
     one = ["--num_samples=2", "--max_new_tokens=30", "--start=the"]
     expected = write(capsys, runs, "prose", *one)
     assert write(capsys, tmp_path, "", f"--data_dir={data_dir}", *one) == expected
+    (tmp_path / "other.txt").write_text("abc" * 100, encoding="utf-8")
+    token_files.prepare(tmp_path / "other.txt", tmp_path / "data" / "other")
+    theirs["config"]["dataset"] = "other"
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="13 ids, but .*other has 3"):
+        write(capsys, tmp_path, "", f"--data_dir={tmp_path / 'data'}", *one)
     theirs["model_args"]["vocab_size"] = 14
     torch.save(theirs, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="14 ids, but .*prose has 13"):
+    with pytest.raises(UserError, match=r"wte.weight of model must be a tensor of numbers with the shape \(14, 16\)"):
         write(capsys, tmp_path, "", f"--data_dir={data_dir}", *one)
+
+
+def test_a_prompt_without_an_end_is_refused(runs, capsys):
+    with pytest.raises(UserError, match="--start=FILE:/dev/zero: longer than 64 MiB"):
+        write(capsys, runs, "prose", "--start=FILE:/dev/zero")

@@ -8,6 +8,7 @@ import torch
 import train
 from quill import checkpoint
 from quill.cli import read_args
+from quill.data.splits import open_splits
 from quill.errors import UserError
 from quill.machine import pick_machine
 from quill.options import TrainConfig
@@ -21,7 +22,7 @@ def make_state(flags):
     def make(saved=None, **options):
         config = TrainConfig(**read_args(flags(**options), TrainConfig, "")[1])
         machine = pick_machine(config)
-        data = train.open_data(config, machine)
+        data = open_splits(config, machine)
         return TrainState(config, {}, data.dataset.tokenizer, machine, saved), data.train_batches, machine
 
     return make

@@ -16,6 +16,7 @@ import torch
 import train
 from model import GPT
 from quill import checkpoint
+from quill.data.splits import open_splits
 from quill.errors import UserError
 from quill.machine import pick_machine
 from quill.options import TrainConfig
@@ -201,8 +202,8 @@ def test_another_run_is_not_overwritten(flags):
 
 
 def test_a_folder_in_use_is_refused(flags):
-    code = "import sys; from pathlib import Path; from quill.files import lock_folder\n"
-    code += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from quill.files import folder_lock\n"
+    code += "with folder_lock(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
     argv = [sys.executable, "-c", code, str(out_dir(flags()))]
     with subprocess.Popen(argv, cwd=train.__file__.rpartition("/")[0], stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout.readline() == "locked\n"
@@ -242,7 +243,7 @@ def test_eval_only_gives_the_checkpoints_loss(flags, capsys):
 def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
     config = TrainConfig(**train.read_args(flags(dataset=dataset), TrainConfig, "")[1])
     machine = pick_machine(config)
-    opened = train.open_data(config, machine)
+    opened = open_splits(config, machine)
     data = opened.dataset
     torch.manual_seed(0)
     model = GPT(config, data.tokenizer.vocab_size)
@@ -268,7 +269,7 @@ def test_a_step_is_adamw_by_formula(flags):
     """One step from zero moments, written out: w ← w (1 - lr λ) - lr g / (|g| + ε), with g clipped to norm 1."""
     config = TrainConfig(**train.read_args(flags(grad_clip=0.5), TrainConfig, "")[1])
     machine = pick_machine(config)
-    data = train.open_data(config, machine)
+    data = open_splits(config, machine)
     state, batches = TrainState(config, {}, data.dataset.tokenizer, machine), data.train_batches
     model = state.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -368,7 +369,7 @@ def test_overwriting_leaves_nothing_of_the_other_run(flags, monkeypatch):
     monkeypatch.setattr(train, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train.main(flags(overwrite=True))
-    assert sorted(path.name for path in out_dir(flags()).iterdir()) == [".lock", "metrics.csv"]
+    assert sorted(path.name for path in out_dir(flags()).iterdir()) == [".lock", ".run", "metrics.csv"]
 
 
 def test_options_are_checked_when_they_are_complete(flags):
@@ -384,7 +385,7 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
     """The path of older GPUs, on a CPU."""
     config = TrainConfig(**train.read_args(flags(), TrainConfig, "")[1])
     machine = replace(pick_machine(config), dtype=torch.float16)
-    data = train.open_data(config, machine)
+    data = open_splits(config, machine)
     state = TrainState(config, {}, data.dataset.tokenizer, machine)
     state.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
     start = state.model.lm_head.weight.detach().clone()
@@ -395,7 +396,8 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
     for _ in range(40):
         train.train_step(state, data.train_batches, config, machine)
     losses, _ = state.read_losses()
-    assert losses[-1] < losses[0] - 0.03 and scaler.get_scale() == 2.0**10
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.01  # one step's batch differs from another's by more
+    assert scaler.get_scale() == 2.0**10
     scaler.update(1e-5)
     state.pending.append((torch.tensor(1.0), torch.tensor(math.inf)))
     with pytest.raises(UserError, match="float16"):
