@@ -4,12 +4,12 @@
     logits, loss = model(idx, targets)
     idx = model.generate(idx, max_new_tokens=100)
 
-This file needs torch and nothing else of quill: copy it into your own project. `config` is any object with the fields
-of `ModelConfig` in quill/options.py: block_size, n_layer, n_head, n_embd, dropout, attention_dropout, bias, norm,
-norm_embedding, norm_final, activation, position, mlp_ratio, residual, tie_weights, qk_norm, init_std.
+This file imports torch and nothing from quill, so you can copy it into your own project. `config` is any object with
+the fields of `ModelConfig` in quill/options.py: block_size, n_layer, n_head, n_embd, dropout, attention_dropout, bias,
+norm, norm_embedding, norm_final, activation, position, mlp_ratio, residual, tie_weights, qk_norm, init_std.
 
-Parameters have GPT-2's names and shapes, so its weights map by name. Elsewhere in quill: faster layers for a CPU
-(cpu.py), generation with a cache of keys and values (generation.py), the optimizer, options and files.
+Parameters have GPT-2's names. Linear weights have torch's shape (out, in); GPT-2's checkpoints hold c_attn, c_fc and
+c_proj transposed. quill/cpu.py has faster layers for a CPU, and quill/generation.py generates with a cache.
 
 Shapes: B sequences in a batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 References: GPT-2 (Radford et al. 2019) for the architecture and the initialisation; nanoGPT for the exact GELU.
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 
 def rms_norm(width):
-    """RMSNorm (Zhang & Sennrich 2019) without weights: the matrix that follows can scale instead."""
+    """RMSNorm (Zhang & Sennrich 2019) without weights."""
     return nn.RMSNorm(width, eps=1e-5, elementwise_affine=False)
 
 
@@ -40,7 +40,7 @@ def squared_relu(x):
 
 
 def without_residual(x, y):
-    """Ignore a block's input `x` and return its output `y`. Takes the place of `torch.add` in `Block`."""
+    """Return `y`, the output of attention or MLP, and ignore its input `x`. `Block` uses it in place of `torch.add`."""
     return y
 
 
@@ -53,7 +53,7 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": squared_relu, "swiglu": 
 
 
 def make_norm(config):
-    """Normalisation over the last dimension, (…, C) → (…, C)."""
+    """Return the module of `config.norm`. It normalises the last dimension, (…, C) → (…, C)."""
     return NORMS[config.norm](config)
 
 
@@ -71,9 +71,9 @@ def rotate(x, rotary):
 
 
 def attention_weights(q, k):
-    """softmax(q kᵀ / √D + causal mask), which `CausalSelfAttention.attend` computes without showing it.
+    """Compute softmax(q kᵀ / √D + causal mask), which `attend` uses but does not return. TensorBoard shows it.
 
-    `q`, `k` (B, H, T, D) → (B, H, T, T); each row is a query's weights over the keys up to its own place.
+    `q`, `k` (B, H, T, D) → (B, H, T, T); each row has a query's weights for the keys up to its own position.
     """
     scores = q @ k.mT / math.sqrt(q.size(-1))
     future = torch.ones_like(scores, dtype=torch.bool).triu(1)
@@ -98,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x, rotary)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, tokens so far, D)
-        y = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)  # the heads side by side again, (B, T, C)
+        y = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)  # concatenate the heads, (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
     def qkv(self, x, rotary=None):
@@ -108,12 +108,12 @@ class CausalSelfAttention(nn.Module):
         q, k = self.qk_norm(q), self.qk_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return q.type_as(v), k.type_as(v), v  # under autocast, the norm and the rotation raise the precision
+        return q.type_as(v), k.type_as(v), v  # under autocast, the norm and the rotation return float32
 
     def attend(self, q, k, v):
         """softmax(q kᵀ / √D + causal mask) v, with dropout on the weights. (B, H, T, D)"""
         dropout = self.attn_dropout.p if self.training else 0.0
-        # A single new token sees everything in the cache, so only a longer q needs the mask.
+        # One new token may attend to everything in the cache, so only a longer q needs the mask.
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
 
 
@@ -174,7 +174,10 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """N(0, init_std), or GPT-2's: N(0, 0.02), and smaller by √(2 n_layer) in the matrix that ends a branch."""
+        """Draw every matrix from a normal distribution with mean 0 and standard deviation init_std.
+
+        Without init_std, use GPT-2's: 0.02, and 0.02 / √(2 n_layer) for each c_proj.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -185,7 +188,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """`idx`, `targets` (B, T) int64 → logits (B, T, V), and the mean loss in nats (None without targets).
 
-        A target of -1 predicts nothing and does not count.
+        Targets of -1 are ignored.
         """
         logits = self.lm_head(self.final_hidden(idx))
         if targets is None:
@@ -195,13 +198,13 @@ class GPT(nn.Module):
     def final_hidden(self, idx, cache=None):
         """`idx` (B, T) → the final norm's output (B, T, C).
 
-        cache: keys and values of the tokens before `idx`, such as quill/generation.py's KVCache: its `length` is their
-        number, and `layers[i].append(k, v)` returns those of layer i with the new ones, (B, H, length + T, D).
+        cache: a KVCache (quill/generation.py) with the keys and values of the tokens before `idx`. Its `length` is the
+        number of these tokens. `layers[i].append(k, v)` adds those of `idx`, and returns all, (B, H, length + T, D).
         """
         start = 0 if cache is None else cache.length
         end = start + idx.size(1)
         assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
-        assert start == 0 or idx.size(1) == 1, "a cache that holds tokens takes one more at a time"
+        assert start == 0 or idx.size(1) == 1, "a cache that is not empty takes one token at a time"
         x = self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[start:end]
@@ -215,9 +218,9 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue each row of `idx` (B, T), T ≥ 1, by `max_new_tokens` tokens. → (B, T + max_new_tokens)
 
-        The plain way, which computes the whole context for every token; generation.py draws the same tokens faster.
-        Call `eval()` first, so that dropout is off. A longer prompt is cut to its last `block_size` tokens. When the
-        context is full, generation continues from its last `block_size // 2` tokens.
+        This computes the whole context again for every token. quill/generation.py is faster, because it keeps keys and
+        values in a cache. Call `eval()` first, so that dropout is off. A longer prompt is cut to its last `block_size`
+        tokens. When the context is full, generation continues from its last `block_size // 2` tokens.
         """
         start = max(0, idx.size(1) - self.config.block_size)
         for _ in range(max_new_tokens):
@@ -231,14 +234,15 @@ class GPT(nn.Module):
         return idx
 
     def num_params(self):
-        """Number of parameters; a tied matrix counts once."""
+        """Return the number of parameters. A tied matrix is counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """FLOPs of a training step, per token: 6 for each weight of a matrix product, 12 L C T for attention.
+        """Return the FLOPs of a training step per token, as in PaLM (Chowdhery et al. 2022), appendix B.
 
-        PaLM (Chowdhery et al. 2022), appendix B. Looking up an embedding costs nothing.
+        6 for each weight, and 12 · n_layer · C · T for attention with T = block_size. Embedding look-ups do not count.
         """
         lookups = [m for m in self.transformer.values() if isinstance(m, nn.Embedding)]
-        free = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
-        return 6 * (self.num_params() - free) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        lookup_weights = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
+        C, T = self.config.n_embd, self.config.block_size
+        return 6 * (self.num_params() - lookup_weights) + 12 * self.config.n_layer * C * T

@@ -5,11 +5,11 @@
     python prepare.py --input=my.txt --dataset=mine --documents=lines   # every line is a separate document
     python prepare.py --input=my.txt --dataset=mine --tokenizer=byte    # tokens are bytes, not characters
 
-A known corpus is read from --input, from the folder $QUILL_CORPORA or from an earlier download; else it is downloaded.
+A known corpus is read from --input, the folder $QUILL_CORPORA or an earlier download. Otherwise it is downloaded.
 """
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     names, flags = read_args(argv, PrepareConfig, __doc__)
     config = PrepareConfig(**flags)
     if len(names) > 1:
-        raise UserError(f"one corpus at a time, not {len(names)}: {' '.join(names)}")
+        raise UserError(f"give one corpus, not {len(names)}: {' '.join(names)}")
     if not names:
         check_own_text(config)
         return config, None
@@ -53,7 +53,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
 
 
 def known_corpus(name: str) -> Corpus:
-    """The known corpus called `name`; a UserError suggests what else was meant."""
+    """Return the known corpus called `name`. Raise a UserError with a suggestion if there is none."""
     if name in CORPORA:
         return CORPORA[name]
     hint = f"the known ones are {', '.join(CORPORA)}"
@@ -77,7 +77,8 @@ def check_own_text(config: PrepareConfig) -> None:
             f"or, if {config.input} is that corpus, `python prepare.py {config.dataset} --input={config.input}`"
         )
     if not re.fullmatch(r"\w[\w.-]*", config.dataset):
-        raise UserError(f"--dataset={config.dataset}: a folder's name takes letters, digits and - _ . only, as in mine")
+        rule = "use only letters, digits and - _ . in the name, and begin it with a letter"
+        raise UserError(f"--dataset={config.dataset}: {rule}, as in --dataset=mine")
 
 
 def main(argv: list[str]) -> None:
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
 
 
 def report(folder: Path, meta: dict[str, Any], data_dir: str) -> None:
-    """Print what was written to `folder`, whose meta.json holds `meta`, and the command that trains on it."""
+    """Print what was written to `folder`, whose meta.json has the values `meta`, and the command that trains on it."""
     name, kind, ids = folder.name, meta["tokenizer"]["kind"], meta["tokenizer"].get("chars", range(256))
     for split, values in meta["splits"].items():
         print(f"{split + ':':12}{values['tokens']:,} tokens")

@@ -1,16 +1,16 @@
-"""Write text with a trained model, or show how likely a model finds a text. A checkpoint is all that it needs.
+"""Write text with a trained model, or show how likely a model finds a text. It needs only a checkpoint.
 
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt --max_new_tokens=1000
     python sample.py --ckpt=out/names/last.pt --temperature=0.5 --top_p=0.9    # nanoGPT's ckpt.pt works too
     python sample.py --out_dir=out/names --score=anna
 
---score prints a row for each token of a text: what the model expected, and the token's loss; then the totals. A model
+--score prints a row for each token of a text: what the model expected, and the token's loss. The totals follow. A model
 of documents scores each line and its end. Any other model scores the text as if it followed a newline.
 """
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import sys
 from collections.abc import Callable
@@ -31,13 +31,14 @@ from quill.generation import stream_tokens
 from quill.machine import Machine, memory_limits, pick_machine
 from quill.options import SampleConfig
 
-DRAWING = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")  # options that --score does not take
+# Options that --score does not take.
+SAMPLING_OPTIONS = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")
 LONGEST_TEXT = 2**26  # bytes of a file in --start or --score
 COLDEST = 1e-6  # lowest temperature of --score: below it, logits / temperature may be too large for float32
 
 
 def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
-    """Read a command line into options, and whether it asks for a score. A UserError says what is wrong with it."""
+    """Read a command line into options, and whether it asks for a score. Raise a UserError for a mistake in it."""
     positional, flags = read_args(argv, SampleConfig, __doc__)
     if positional:
         raise UserError(f"{positional[0]}: options are written --key=value (see --help)")
@@ -45,7 +46,7 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
         if flags.get("json"):
             raise UserError("--json is for a score; give --score=TEXT too")
         return SampleConfig(**flags), False
-    if drawing := [f"--{key}" for key in DRAWING if key in flags]:
+    if drawing := [f"--{key}" for key in SAMPLING_OPTIONS if key in flags]:
         raise UserError(f"--score and {', '.join(drawing)} don't go together: a score draws no text")
     defaults: dict[str, Any] = {"temperature": 1.0}  # the losses are then those of training
     config = SampleConfig(**(defaults | flags))
@@ -55,20 +56,20 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
 
 
 def find_checkpoint(config: SampleConfig) -> Path:
-    """The path of the checkpoint: --ckpt, else out_dir's best.pt, last.pt, or nanoGPT's ckpt.pt."""
+    """Return the path of the checkpoint: --ckpt, else out_dir's best.pt, last.pt, or nanoGPT's ckpt.pt."""
     if config.ckpt:
         return Path(config.ckpt)
     names = ("best.pt", "last.pt", "ckpt.pt")
     for name in names:
         if (Path(config.out_dir) / name).is_file():
             return Path(config.out_dir) / name
-    raise UserError(f"--out_dir={config.out_dir}: holds none of {', '.join(names)}; train a run first, or give --ckpt")
+    raise UserError(f"--out_dir={config.out_dir}: has none of {', '.join(names)}; train a run first, or give --ckpt")
 
 
 def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path) -> Tokenizer:
-    """The tokenizer of the checkpoint `state`, which was loaded from `path`.
+    """Return the tokenizer of the checkpoint `state`, which was loaded from `path`.
 
-    nanoGPT's checkpoints have none, because nanoGPT keeps it with the dataset. For them, the dataset of the same name
+    nanoGPT's checkpoints have none, because nanoGPT stores it with the dataset. For them, the dataset of the same name
     in --data_dir is opened.
     """
     if state["tokenizer"] is not None:
@@ -77,16 +78,19 @@ def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path
     try:
         tokenizer = open_dataset(config.data_dir, name).tokenizer
     except UserError as error:
-        raise UserError(f"{path} is nanoGPT's, which keeps the characters with the dataset {name}; {error}") from None
+        raise UserError(
+            f"{path} is a nanoGPT checkpoint. Its characters are in the dataset {name}, which can't be opened: {error}"
+        ) from None
     if tokenizer.vocab_size != state["vocab_size"]:
         raise UserError(
-            f"{path} has {state['vocab_size']} ids, but {config.data_dir}/{name} has {tokenizer.vocab_size}"
+            f"{path} has {state['vocab_size']} ids, but {config.data_dir}/{name} has {tokenizer.vocab_size}; "
+            "give the --data_dir of the dataset that it was trained on"
         )
     return tokenizer
 
 
 def read_text(key: str, value: str) -> str:
-    """The text of an option such as --start: its value, or the content of the file in --start=FILE:NAME."""
+    """Return the text of an option such as --start: its value, or the content of the file in --start=FILE:NAME."""
     if not value.startswith("FILE:"):
         return value
     path = Path(value.removeprefix("FILE:"))
@@ -103,7 +107,7 @@ def read_text(key: str, value: str) -> str:
 
 
 def as_given(key: str, value: str) -> str:
-    """Quote --key=value in a message: on one line whatever the text, and shortened if it is long."""
+    """Format --key=value for an error message: on one line, and shortened if the text is long."""
     value = value if value.isprintable() else repr(value)[1:-1]
     return f"--{key}={value if len(value) <= 80 or value.startswith('FILE:') else value[:79] + '…'}"
 
@@ -126,7 +130,8 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path
     try:
         ids, characters = scoring.encode(text, tokenizer) if is_score else (tokenizer.encode(text), len(text))
     except UserError as error:
-        raise UserError(f"{given}: {error}; {path} knows the characters of its training text") from None
+        reason = f"the vocabulary of {path} has only the characters of its training text"
+        raise UserError(f"{given}: {error}; {reason}") from None
     return text, ids, characters
 
 
@@ -145,7 +150,7 @@ def sample(
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
     ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
     separator = "\n" if tokenizer.bos is not None else "\n---------------\n"
-    first, ended, drawn = tokenizer.stream(), False, []
+    decode_first, ended, drawn = tokenizer.decoder(), False, []
     write(prompt)
     for tokens in stream_tokens(
         model,
@@ -161,8 +166,8 @@ def sample(
         token = int(tokens[0])
         ended = ended or token == tokenizer.bos
         if not ended:
-            write(first([token]))
-    write(first([], final=True) + separator)
+            write(decode_first([token]))
+    write(decode_first([], final=True) + separator)
     for row in torch.stack(drawn, dim=1)[1:].tolist():
         if tokenizer.bos in row:
             row = row[: row.index(tokenizer.bos)]
@@ -194,7 +199,7 @@ def main(argv: list[str]) -> None:
     text, ids, characters = encode_text(tokenizer, config, is_score, path)
     machine = pick_machine(config, saved_threads=state.get("threads"))
     with memory_limits(machine):
-        # The weights themselves are converted to half precision: most of the time per token goes into reading them.
+        # The weights themselves are converted to machine.dtype: most of the time per token goes into reading them.
         model = cpu.speed_up(checkpoint.load_model(state).to(machine.device, machine.dtype))
         if is_score:
             print_score(model, tokenizer, ids, characters, config, machine)

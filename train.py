@@ -5,13 +5,13 @@
     python train.py config/shakespeare_char.py --init_from=resume       # continue from the last checkpoint
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py    # the same batches, split over 8 GPUs
 
-Options come from defaults < config file < flags. A run writes last.pt, best.pt and metrics.csv into out_dir.
+Flags override the config file, which overrides the defaults. A run writes last.pt, best.pt and metrics.csv to out_dir.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import math
 import signal
@@ -42,7 +42,7 @@ from quill.state import TrainState
 
 
 def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine: Machine) -> int:
-    """Take one optimizer step on the step's global batch. → the tokens that it predicts
+    """Take one optimizer step on the step's global batch. → the number of tokens that it predicts
 
     The loss and the gradient norm stay on the device: see `TrainState.read_losses`.
     """
@@ -52,8 +52,8 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
         # DDP averages the gradients over the ranks: do it once, after the last micro-batch.
-        wait = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
-        with wait:
+        no_average = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
+        with no_average:
             with machine.autocast():
                 share = model(x, y)[1] * (predicted / total)  # so that the sum is the mean over the global batch
             scaler.scale(share * group.world_size).backward()
@@ -61,8 +61,8 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     multiplier = lr_multiplier(step, config)
     for optimizer, peak in state.optimizers:
         scaler.unscale_(optimizer)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = peak * multiplier
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = peak * multiplier
     parameters = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip:
@@ -80,7 +80,10 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
 
 @torch.no_grad()
 def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine) -> float:
-    """Mean loss over the validation split, in nats per token: sum and count over all ranks, then the quotient."""
+    """Return the mean loss over the validation split, in nats per token.
+
+    It is the sum over all ranks divided by the number of tokens.
+    """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for x, y, predicted in batches.validation(config.eval_iters * config.batch_size or None):
@@ -98,7 +101,8 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
 def save(state: TrainState, better: bool) -> None:
     """Write last.pt, and best.pt if the last evaluation was the best.
 
-    best.pt is first: if the machine stops in between, the run resumes from the older last.pt and reaches the same best.
+    best.pt is written first. If the machine stops between the two writes, the run resumes from the older last.pt and
+    repeats the evaluation.
     """
     saved = state.state_dict()
     for name in ("best.pt", "last.pt") if better else ("last.pt",):
@@ -114,12 +118,12 @@ def train(
         began = time.perf_counter()
         tokens = train_step(state, data.train_batches, config, machine)
         stopped_by, evaluating = stop.agreed(group), config.evaluates_after(progress.step)
-        reading = None
+        entry = None
         if progress.step % config.log_interval == 0 or evaluating or stopped_by:
-            reading = state.read_losses()
+            entry = state.read_losses()
         observers.stepped(tokens, time.perf_counter() - began)
-        if reading:
-            observers.read(*reading)
+        if entry:
+            observers.log(*entry)
         better, val_loss = False, math.nan
         if evaluating:
             val_loss = evaluate(state.eval_model, data.val_batches, config, machine)
@@ -145,10 +149,12 @@ def train(
 
 
 def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: Machine, folder: RunFolder) -> int:
-    """Take out_dir, compile and distribute the model, and train it under observation. → exit code"""
+    """Take out_dir, compile the model, distribute it over the ranks, create the observers, and train. → exit code"""
     if state.scaler.is_enabled() and config.optimizer == "muon":
-        raise UserError("--optimizer=muon: not in float16, where steps overflow; use --dtype=float32 or bfloat16")
-    data.train_batches.global_batch(state.progress.step)  # what does not fit into memory must not cost another run
+        raise UserError(
+            "--optimizer=muon does not work with float16: its steps overflow; use --dtype=float32 or bfloat16"
+        )
+    data.train_batches.global_batch(state.progress.step)  # if memory is too small, fail before a run is replaced
     machine.group.on_rank_0(folder.take, config)
     compiled = compile_model(state.model, data.train_batches, config.compile, machine)
     state.train_model = parallelize(compiled, machine.group)
@@ -200,7 +206,7 @@ def main(argv: list[str]) -> int:
         return 2
     positional, flags = read_args(argv, TrainConfig, __doc__)
     if len(positional) > 1:
-        raise UserError(f"one config file, please, not {len(positional)}: {' '.join(positional)}")
+        raise UserError(f"give one config file, not {len(positional)}: {' '.join(positional)}")
     from_file = read_config_file(positional[0], TrainConfig) if positional else {}
     given, group = from_file | flags, ProcessGroup.from_environment()
     with group.connected(), ExitStack() as stack:

@@ -1,21 +1,21 @@
-"""Measure quill's speed beside a peer's, or tell which of two configs is better.
+"""Measure the speed of quill and of nanoGPT, or find out which of two configs is better.
 
     python -m bench train --peer=../nanoGPT         # tokens/s of training, at two shapes
     python -m bench loss --peer=../nanoGPT          # nanoGPT's laptop recipe: time of the whole process, best loss
-    python -m bench replay --peer=../nanoGPT        # are our losses nanoGPT's, from the same weights? (or: curve)
+    python -m bench replay --peer=../nanoGPT        # compare the losses of both from the same weights and batches
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
-    python -m bench start                           # time from the command to the first step, less `import torch`
+    python -m bench start                           # time from the command to the first step, without `import torch`
     python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
     python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
 
-The peer is a checkout of nanoGPT, which is not part of quill. Ours and the peer's run in turn, each as a process of
-its own, and the ratio is taken between neighbours: absolute times drift from hour to hour, these ratios do not.
-A bench prints medians and ranges, and writes all figures to out/bench as JSON.
+The peer is a checkout of nanoGPT, which is not part of quill. Runs of quill and of the peer alternate, each in a new
+process. A ratio compares a run with the one next to it: absolute times drift from hour to hour, ratios of such runs
+drift less. A bench prints medians and ranges, and writes all figures to out/bench as JSON.
 """
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import json
 from dataclasses import fields, replace
@@ -36,7 +36,7 @@ from quill.options import BenchConfig, TrainConfig
 
 SPEED = {
     "train": peers.train,
-    "loss": peers.loss,
+    "loss": peers.recipe,
     "replay": replay,
     "generate": generate,
     "start": peers.start,
@@ -44,7 +44,7 @@ SPEED = {
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
 ALIASES = {"curve": "replay"}  # former names, which still work
-FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment decides for its runs
+FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment sets for its runs
 
 
 def main(argv: list[str]) -> None:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate what the bench itself reads from the other flags, which are train.py's. → own, rest"""
+    """Separate the bench's own flags from the others, which are train.py's. → own, rest"""
     own_keys = {f"--{f.name}" for f in fields(BenchConfig)} | {"--help"}
     own = [arg for arg in argv if arg.partition("=")[0] in own_keys or not arg.startswith("--")]
     return own, [arg for arg in argv if arg not in own]

@@ -1,4 +1,4 @@
-"""Which of two configs is better: train both with the same seeds and batches, and compare their losses in pairs."""
+"""Find the better of two configs: train both with the same seeds and batches, and compare their losses in pairs."""
 
 import math
 import statistics
@@ -55,7 +55,7 @@ def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfi
 
 
 def summary(name: str, runs: list[Line]) -> str:
-    """One config's runs in a line: mean and standard deviation of the loss, median and range of speed and time."""
+    """Describe one config's runs in a line: mean and deviation of the loss, median and range of speed and time."""
     losses = [run["val_loss"] for run in runs]
     speeds, seconds = span([run["tokens_per_s"] for run in runs]), span([run["seconds"] for run in runs])
     loss = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
@@ -63,7 +63,7 @@ def summary(name: str, runs: list[Line]) -> str:
 
 
 def verdict(a: str, b: str, difference: float, margin: float) -> str:
-    """Say which of the configs named `a` and `b` has the lower loss. `difference` ± `margin` is b's loss less a's."""
+    """Say which of the configs named `a` and `b` has the lower loss. `difference` ± `margin` is b's loss minus a's."""
     if abs(difference) <= margin:
         return f"{a} and {b} can't be told apart: {b} - {a} = {difference:+.4f} ± {margin:.4f}"
     better = b if difference < 0 else a
@@ -83,7 +83,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
 
 
 def t_quantile(degrees: int, probability: float = 0.95) -> float:
-    """The t for which Student's distribution has `probability` between -t and t, by bisection of the angle."""
+    """Return the t for which Student's distribution has `probability` between -t and t, by bisection of the angle."""
     low, high = 0.0, math.pi / 2
     while (middle := (low + high) / 2) not in (low, high):
         if t_probability(middle, degrees) < probability:
@@ -94,9 +94,9 @@ def t_quantile(degrees: int, probability: float = 0.95) -> float:
 
 
 def t_probability(angle: float, degrees: int) -> float:
-    """P(|T| < t) of Student's distribution, where `angle` is atan(t / √degrees).
+    """Return P(|T| < t) of Student's distribution, where `angle` is atan(t / √degrees).
 
-    A finite sum for whole degrees of freedom: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    For whole degrees of freedom it is a finite sum: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
     """
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2

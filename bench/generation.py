@@ -1,9 +1,9 @@
-"""Our speed of generation beside nanoGPT's and transformers', in turn, with random weights."""
+"""Compare the speed of generation of quill, nanoGPT and transformers, in turn, with random weights."""
 
 from functools import partial
 from importlib.util import find_spec
 
-from bench.measure import Line, in_turn, on_gpu, peer_machine_options, program, row
+from bench.measure import Line, in_turn, on_gpu, peer_machine_options, program, report
 from bench.shapes import GPT2, GPT2_IDS, SHAKESPEARE_10M
 from quill.options import BenchConfig
 
@@ -26,8 +26,10 @@ def generate(config: BenchConfig) -> list[Line]:
         ours = partial(program, "generate_quill", batch_size=batch_size, **options)
         theirs = partial(program, "generate_nanogpt", peer=config.peer, batch_size=1, **options)
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-        lines.append(row(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
+        lines.append(report(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
         if config.peer and batch_size == 1 and find_spec("transformers"):
             figures = in_turn(config.pairs, ours, partial(program, "generate_transformers", batch_size=1, **options))
-            lines.append(row(f"generation, {name}, beside transformers", "tokens/s", *figures, more_is_better=True))
+            lines.append(
+                report(f"generation, {name}, with transformers as the peer", "tokens/s", *figures, more_is_better=True)
+            )
     return lines

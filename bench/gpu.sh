@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Measure every figure of the table for GPUs, in parts that take minutes each. Results are printed and written as JSON.
+# Measure quill on a GPU, in parts that take minutes each. Results are printed and written as JSON.
 #
-#   bench/gpu.sh tests                     the test suite, each test that takes a device on the GPU too
+#   bench/gpu.sh tests                     the test suite; tests that take a device run on the GPU too
 #   bench/gpu.sh train ../nanoGPT          tokens/s at 10.7M parameters; GPT-2's shape and its MFU
-#   bench/gpu.sh stock ../nanoGPT          config/shakespeare_char.py beside nanoGPT's, whole processes, one pair
-#   bench/gpu.sh replay ../nanoGPT         the same weights and batches through both, loss by loss
+#   bench/gpu.sh stock ../nanoGPT          config/shakespeare_char.py and nanoGPT's config, whole processes, one pair
+#   bench/gpu.sh replay ../nanoGPT         compare the losses of both from the same weights and batches
 #   bench/gpu.sh generate ../nanoGPT       tokens/s of generation
 #
-# Without a checkout of nanoGPT, ours is measured alone; only replay needs one. Environment variables: QUILL_CORPORA is the
+# Without a checkout of nanoGPT, quill is measured alone; only replay needs one. Environment variables: QUILL_CORPORA is the
 # folder of tinyshakespeare.txt, DEVICE the device (cuda), OUT the folder for results (out/bench), PYTHON the interpreter
 # (python). nanoGPT's prepare.py needs the package requests.
 set -euo pipefail
 
 part=${1:-} peer=${2:-} device=${DEVICE:-cuda} python=${PYTHON:-python}
 out=$(realpath -m "${OUT:-out/bench}")
-[ "$part" != curve ] || part=replay # its name before
+[ "$part" != curve ] || part=replay # its former name
 options=("--device=$device" "--data_dir=$out/data" "--out_dir=$out")
 if [ -n "$peer" ]; then
   peer=$(realpath -m "$peer")

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT, Line, flags, machine_options, process, train_or_resume
+from bench.measure import ROOT, Line, as_flags, machine_options, process, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.files import replacing
@@ -50,7 +50,7 @@ def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
         runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
     best = Path(out_dir) / "best.pt"
     options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | machine_options(config)
-    _, text = process(["sample.py", *flags(options)])
+    _, text = process(["sample.py", *as_flags(options)])
     losses = [run["val_loss"] for run in runs]
     return {
         "rung": path.stem,

@@ -1,4 +1,4 @@
-"""What every bench needs: run a command and time it, train a config, read the results and print them."""
+"""What every bench uses: run a command and time it, train a config, read the results and print them."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ Line = dict[str, Any]  # one result: what was measured, its figures, and what is
 
 
 def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = None) -> tuple[float, str]:
-    """Run `python *argv` to its end. → seconds, what it printed. A UserError if it fails"""
+    """Run `python *argv` to its end. → seconds, what it printed. Raise a UserError if it fails."""
     argv = [str(arg) for arg in argv]
     began = time.perf_counter()
     done = run_python(argv, cwd, stdin)
@@ -49,13 +49,13 @@ def run_python(argv: list[str], cwd: Path | str, stdin: str | None) -> subproces
 
 
 def program(name: str, **options: Any) -> Any:
-    """Run bench/programs/`name`.py in a process of its own. → the JSON value on the last line that it prints"""
+    """Run bench/programs/`name`.py in a new process. → the JSON value on the last line that it prints"""
     _, out = process(["-m", f"bench.programs.{name}"], stdin=json.dumps(options))
     return json.loads(out.splitlines()[-1])
 
 
-def flags(options: dict[str, Any]) -> list[str]:
-    """{key: value} → `--key=value` for a command line."""
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Convert {key: value} to flags `--key=value`."""
     return [f"--{key}={value}" for key, value in options.items()]
 
 
@@ -65,7 +65,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> list[dict[str, str]]:
     """Train config `path` with `options` in `out_dir`, or resume the run there. → rows of metrics.csv
 
-    A run that is finished is not trained again. A UserError if the folder holds a run with other options.
+    A run that is finished is not trained again. Raise a UserError if the folder has a run with other options.
     """
     options = options | {"out_dir": out_dir, "init_from": "auto"}
     last = Path(out_dir) / "last.pt"
@@ -75,15 +75,15 @@ def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> 
         wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
         may_differ = ("init_from", "device", "data_dir", "out_dir")
         if other := [key for key in wanted if key not in may_differ and held.get(key) != wanted[key]]:
-            raise UserError(f"{out_dir} holds a run with another {', '.join(other)}; remove it, or give --out_dir")
+            raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
         if state["step"] >= wanted["max_iters"]:
             return read_metrics(out_dir)
-    process(["train.py", path, *flags(options)])
+    process(["train.py", path, *as_flags(options)])
     return read_metrics(out_dir)
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv."""
+    """Return the rows of a run's metrics.csv."""
     with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -92,19 +92,19 @@ def read_metrics(folder: str | Path) -> list[dict[str, str]]:
 
 
 def machine_options(config: BenchConfig) -> dict[str, str]:
-    """The bench's `--device` and `--dtype`, as options of our scripts. `auto` is left out: a config may set its own."""
+    """Return the bench's `--device` and `--dtype` as options of our scripts, without `auto`: a config may set them."""
     return {key: getattr(config, key) for key in ("device", "dtype") if getattr(config, key) != "auto"}
 
 
 def peer_machine_options(config: BenchConfig) -> dict[str, str]:
-    """The device and dtype that our runs have, for the peer, which has no `auto`. On a CPU it always uses float32."""
+    """Return the device and dtype of our runs, for the peer, which has no `auto`. On a CPU it always uses float32."""
     machine = pick_machine(config)
     device = machine.device.type if config.device == "auto" else config.device
     return {"device": device, "dtype": str(machine.dtype).removeprefix("torch.")}
 
 
 def on_gpu(config: BenchConfig) -> bool:
-    """Whether the bench's device is CUDA."""
+    """Return whether the bench's device is CUDA."""
     return pick_machine(config).device.type == "cuda"
 
 
@@ -135,7 +135,7 @@ def in_turn(
     return figures
 
 
-def row(what: str, unit: str, ours: list[float], peer: list[float], more_is_better: bool) -> Line:
+def report(what: str, unit: str, ours: list[float], peer: list[float], more_is_better: bool) -> Line:
     """Print medians and ranges of both, and their ratio in pairs, which is above 1 where ours is better. → the line"""
     line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
     text = f"{what}: {span(ours)} {unit}"
@@ -147,7 +147,7 @@ def row(what: str, unit: str, ours: list[float], peer: list[float], more_is_bett
 
 
 def span(values: Sequence[float]) -> str:
-    """Median and range, to four digits."""
+    """Format the median and the range of `values`, to four digits."""
     figures = (statistics.median(values), min(values), max(values))
     shown = [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in figures]
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]

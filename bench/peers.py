@@ -1,6 +1,6 @@
-"""Our speed beside a peer's, in turn: training, a recipe from start to end, start-up, preparing text.
+"""Compare the speed of quill and nanoGPT: training, a recipe from start to end, start-up, preparing text.
 
-The peer is a checkout of nanoGPT, which is not part of quill. Without one, ours is measured alone.
+The peer is a checkout of nanoGPT, which is not part of quill. Without one, quill is measured alone.
 """
 
 import math
@@ -21,14 +21,14 @@ import torch
 from bench.measure import (
     ROOT,
     Line,
-    flags,
+    as_flags,
     in_turn,
     machine_options,
     on_gpu,
     peer_machine_options,
     process,
     read_metrics,
-    row,
+    report,
 )
 from bench.shapes import GPT2, GPT2_IDS, LAPTOP, SHAKESPEARE_10M
 from model import GPT
@@ -56,25 +56,25 @@ def train(config: BenchConfig) -> list[Line]:
         options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
         theirs = partial(peer_training_speed, config, options) if config.peer else None
         figures = in_turn(config.pairs, partial(training_speed, config, options), theirs)
-        lines.append(row(f"training, {name}", "tokens/s", *figures, more_is_better=True))
+        lines.append(report(f"training, {name}", "tokens/s", *figures, more_is_better=True))
     return [*lines, *(gpt2(config) if gpu else [])]
 
 
 def training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
-    """Tokens per second of one run of ours. Its first quarter is left out: it holds the warm-up."""
+    """Return the tokens per second of one run of quill, without its first quarter, which includes the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
         extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | machine_options(config)
-        process(["train.py", *flags(options | extra)])
+        process(["train.py", *as_flags(options | extra)])
         return statistics.harmonic_mean([float(line["tokens_per_s"]) for line in read_metrics(folder)][1:])
 
 
 def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
-    """Tokens per second of one run of nanoGPT's, from the times that it prints. The first quarter is left out."""
+    """Return the tokens per second of one run of nanoGPT, from the times that it prints, without its first quarter."""
     with tempfile.TemporaryDirectory() as folder:
         extra = {"out_dir": folder, "compile": on_gpu(config), "eval_iters": 1, "log_interval": 1}
         extra |= peer_machine_options(config) | {"eval_interval": 10**6, "always_save_checkpoint": False}
-        _, out = process(["train.py", PEER_CONFIG, *flags(options | extra)], config.peer)
+        _, out = process(["train.py", PEER_CONFIG, *as_flags(options | extra)], config.peer)
     times = [float(ms) for ms in re.findall(r"iter \d+: loss .*?, time ([\d.]+)ms", out)]
     tokens = options["batch_size"] * options["block_size"]
     return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
@@ -93,22 +93,22 @@ def gpt2(
         options |= {"data_dir": folder, "out_dir": f"{folder}/run", "overwrite": True}
 
         def ours():
-            process(["train.py", *flags(options)])
+            process(["train.py", *as_flags(options)])
             return float(read_metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half includes compiling
 
         speeds, _ = in_turn(config.pairs, ours)
     machine = pick_machine(config)
-    lines = [row("training, 124M shape, random tokens", "tokens/s", speeds, [], more_is_better=True)]
+    lines = [report("training, 124M shape, random tokens", "tokens/s", speeds, [], more_is_better=True)]
     if machine.peak_flops:
         with torch.device("meta"):
             flops = GPT(ModelConfig(**shape), ids).flops_per_token()
         shares = [speed * flops / machine.peak_flops for speed in speeds]
-        lines.append(row("MFU of that", "of the data sheet's half-precision peak", shares, [], more_is_better=True))
+        lines.append(report("MFU of that", "of the data sheet's half-precision peak", shares, [], more_is_better=True))
     return lines
 
 
 def random_text(ids: int) -> str:
-    """A text of `ids` different characters: each once, so that the vocabulary is complete, then 20 times `ids` drawn.
+    """Return a text of `ids` different characters: each once, to complete the vocabulary, then 20 × `ids` drawn.
 
     The characters begin at U+10000, where there are no surrogates.
     """
@@ -119,7 +119,7 @@ def random_text(ids: int) -> str:
 # ---------------------------------------------------------------- whole processes
 
 
-def loss(config: BenchConfig) -> list[Line]:
+def recipe(config: BenchConfig) -> list[Line]:
     """Measure the whole process of `--recipe`, nanoGPT's laptop recipe for the peer, and the best full-split loss.
 
     On a GPU, the peer runs its own config for Tiny Shakespeare as shipped, compiling included. Our runs have seeds
@@ -138,46 +138,46 @@ def loss(config: BenchConfig) -> list[Line]:
         return seconds
 
     figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-    lines = [row(f"{config.recipe}, whole process", "s", *figures, more_is_better=False)]
+    lines = [report(f"{config.recipe}, whole process", "s", *figures, more_is_better=False)]
     print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
-    return [*lines, row("best full-split val loss", "nats", *losses, more_is_better=False)]
+    return [*lines, report("best full-split val loss", "nats", *losses, more_is_better=False)]
 
 
 def recipe_run(config: BenchConfig, seed: int) -> tuple[float, float]:
     """Run `--recipe` once with train.py. → seconds, the best validation loss"""
     with tempfile.TemporaryDirectory() as folder:
         options = {"out_dir": folder, "data_dir": config.data_dir, "seed": seed} | machine_options(config)
-        seconds, _ = process(["train.py", config.recipe, *flags(options)])
+        seconds, _ = process(["train.py", config.recipe, *as_flags(options)])
         return seconds, min(float(line["val_loss"]) for line in read_metrics(folder))
 
 
 def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
-    """Run nanoGPT's recipe once. → seconds, the validation loss of its checkpoint, which is that of its best evaluation
+    """Run nanoGPT's recipe once. → seconds, the validation loss of its checkpoint, which is of its best evaluation
 
     nanoGPT estimates its loss on random batches. Ours evaluates the checkpoint on the whole split.
     """
     with tempfile.TemporaryDirectory() as folder:
         # nanoGPT's README, "I only have a macbook".
-        recipe = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
-        recipe = {} if on_gpu(config) else recipe | {"compile": False}
-        options = recipe | {"out_dir": folder} | peer_machine_options(config)
-        seconds, _ = process(["train.py", PEER_CONFIG, *flags(options)], config.peer)
+        laptop = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
+        laptop = {} if on_gpu(config) else laptop | {"compile": False}
+        options = laptop | {"out_dir": folder} | peer_machine_options(config)
+        seconds, _ = process(["train.py", PEER_CONFIG, *as_flags(options)], config.peer)
         options = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
-        _, out = process(["train.py", *flags(options | machine_options(config)), "--eval_only"])
+        _, out = process(["train.py", *as_flags(options | machine_options(config)), "--eval_only"])
     printed = re.search(r"val loss ([\d.]+)", out)
     assert printed, out
     return seconds, float(printed[1])
 
 
 def start(config: BenchConfig) -> list[Line]:
-    """Measure from the command to the end of the first step, on prepared data, less the time of `import torch`."""
+    """Measure from the command to the end of the first step, on prepared data, without the time of `import torch`."""
     with tempfile.TemporaryDirectory() as folder:
         options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
         options |= {"gradient_accumulation_steps": 1, "overwrite": True, "out_dir": folder, "max_iters": 10**6}
 
         def ours():
             began = time.perf_counter()
-            argv = [sys.executable, "train.py", *flags(options)]
+            argv = [sys.executable, "train.py", *as_flags(options)]
             with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:
                 assert training.stdout
                 if not any(line.startswith("step 1/") for line in training.stdout):
@@ -187,7 +187,7 @@ def start(config: BenchConfig) -> list[Line]:
             return seconds - process(["-c", "import torch"])[0]
 
         figures, _ = in_turn(config.pairs, ours)
-    return [row("start-up to the first step, less import torch", "s", figures, [], more_is_better=False)]
+    return [report("start-up to the first step, without import torch", "s", figures, [], more_is_better=False)]
 
 
 def prepare(config: BenchConfig) -> list[Line]:
@@ -211,4 +211,4 @@ def prepare(config: BenchConfig) -> list[Line]:
             return process(["prepare.py"], folder)[0]
 
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-    return [row(f"prepare {size:.0f} MB, char", "s", *figures, more_is_better=False)]
+    return [report(f"prepare {size:.0f} MB, char", "s", *figures, more_is_better=False)]

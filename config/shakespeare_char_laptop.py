@@ -3,8 +3,8 @@
     python train.py config/shakespeare_char_laptop.py
 
 The model uses RoPE and QK-norm, with little dropout and none in attention; Muon updates the matrices of the blocks.
-nanoGPT's README gives 1.4697, estimated from sampled batches, after three minutes of an A100. The run below took three
-Newton-Schulz steps in Muon; quill now takes four.
+nanoGPT's README gives 1.4697, estimated from sampled batches, after three minutes on an A100. The run below used three
+Newton-Schulz steps in Muon; quill now uses four.
 
 Measured: 1,366 s (2 CPU cores, fp32, n = 1), validation loss 1.449 (n = 1).
 """

@@ -1,1 +1,1 @@
-"""What the scripts are made of, and what you need not read to understand a GPT."""
+"""The modules that the scripts use. You need not read them to understand the GPT."""

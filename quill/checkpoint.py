@@ -1,11 +1,11 @@
-"""A run's state ↔ one file, and how a run starts from one.
+"""Save a run's state to a file, load it again, and decide how a run starts.
 
 A checkpoint is a dict of tensors and plain values. It is read with `weights_only=True`, so that a file from a stranger
 can't run code. Its checksums are verified. It is written whole or not at all. Its keys:
 
     format                  the number below
     config                  every option of the run (TrainConfig in quill/options.py), as a dict
-    flags                   the options that were given as flags: on resume, a config file does not undo them
+    flags                   the options that were given as flags, which override a config file on resume too
     vocab_size, tokenizer   the tokenizer as in meta.json; None where it is not known
     model, ema              the weights, and their moving average or None
     optimizers, scaler      their state_dicts
@@ -38,7 +38,7 @@ from quill.schema import check_to_resume, check_to_sample
 FORMAT = 2
 # The options that a run's weights fix.
 ARCHITECTURE_KEYS = {f.name for f in fields(ModelConfig)} - {"dropout", "attention_dropout"}
-SAMPLE_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
+REQUIRED_KEYS = {"config", "vocab_size", "tokenizer", "model", "ema", "step", "best_val_loss"}
 RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_since_best", "data_order", "threads"}
 FORMAT_1 = {"data_order": 1, "threads": None}  # what a checkpoint of format 1 means by the keys that it lacks
 
@@ -47,7 +47,7 @@ FORMAT_1 = {"data_order": 1, "threads": None}  # what a checkpoint of format 1 m
 
 
 def save(path: Path | str, state: dict[str, Any]) -> None:
-    """Write `state` to `path`, whole or not at all. A UserError says why it could not be written."""
+    """Write `state` to `path`, whole or not at all. Raise a UserError if it can't be written."""
     try:
         with replacing(path) as (file,):
             try:
@@ -60,9 +60,9 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
 
 
 def load(path: Path | str) -> dict[str, Any]:
-    """The checkpoint at `path`, ours or nanoGPT's, as a dict with the keys above and its tensors on the CPU.
+    """Load the checkpoint at `path`, quill's or nanoGPT's. → a dict with the keys above, tensors on the CPU
 
-    A UserError says in what way the file is damaged, foreign or too new.
+    Raise a UserError if the file is damaged, is no checkpoint, or has a newer format.
     """
     path = Path(path)
     state = _read(path)
@@ -76,7 +76,7 @@ def load(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path}: format {state['format']!r}, but this quill reads up to {FORMAT}; update quill")
     if state["format"] == 1:
         state = FORMAT_1 | state
-    _require(state, SAMPLE_KEYS, path)
+    _require(state, REQUIRED_KEYS, path)
     check_to_sample(state, path)
     return state
 
@@ -106,7 +106,7 @@ def _require(state, keys, path):
 
 
 def load_model(state: dict[str, Any]) -> GPT:
-    """The model of a loaded checkpoint, on the CPU, with its averaged weights where it has them."""
+    """Return the model of a loaded checkpoint, on the CPU, with its averaged weights if it has them."""
     config = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
     model = GPT(ModelConfig(**config), state["vocab_size"])
     model.load_state_dict(weights_to_sample(state))
@@ -114,7 +114,7 @@ def load_model(state: dict[str, Any]) -> GPT:
 
 
 def weights_to_sample(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint's samples and evaluations use: their moving average, if the run has one."""
+    """Return the weights that samples and evaluations use: their moving average, if the run has one."""
     return state["model"] if state["ema"] is None else state["ema"]
 
 
@@ -131,10 +131,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 def resolve_start(
     from_file: dict[str, Any], flags: dict[str, Any], folder: RunFolder
 ) -> tuple[TrainConfig, dict[str, Any], dict[str, Any] | None]:
-    """The options of a config file and the flags → config, all the run's flags, the checkpoint to start from or None.
+    """Combine the config file, the flags and a checkpoint.
 
-    folder: the run's, locked unless nothing will be trained. A UserError says which option contradicts the checkpoint,
-    or that the folder holds another run.
+    → the config, all flags that this run was ever given, and the checkpoint to start from or None
+
+    folder: the run's folder, which is locked if the run trains. Raise a UserError if an option contradicts the
+    checkpoint, or if the folder has another run.
     """
     given: dict[str, Any] = from_file | flags
     init_from = given.get("init_from", TrainConfig.init_from)
@@ -177,7 +179,7 @@ def _resume(from_file, flags, held):
     check_to_resume(state, path)
     old_flags = {key: value for key, value in state["flags"].items() if key in from_file and key not in flags}
     for key in sorted(key for key, value in old_flags.items() if value != from_file[key]):
-        note(f"note: {key}={old_flags[key]} was a flag of this run, which the config file does not undo")
+        note(f"note: {key}={old_flags[key]} was given as a flag earlier, and flags override the config file")
     given = {key: value for key, value in given.items() if key not in old_flags}
     _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer"}), path)
     known = {f.name for f in fields(TrainConfig)}
@@ -186,12 +188,14 @@ def _resume(from_file, flags, held):
     config = TrainConfig(**options)
     if (config.ema_decay > 0) != (state["ema"] is not None):
         was = state["config"]["ema_decay"]
-        raise UserError(f"--ema_decay={config.ema_decay}: {path} has ema_decay={was}; on or off can't change")
+        raise UserError(
+            f"--ema_decay={config.ema_decay}: {path} has ema_decay={was}; a resumed run can't turn averaging on or off"
+        )
     return config, state["flags"] | flags, state
 
 
 def _values(state, keys):
-    """A checkpoint's values of the options `keys`; where it is too old to know one, the default."""
+    """Return a checkpoint's values of the options `keys`, and the defaults of those that it is too old to have."""
     return {key: state["config"].get(key, getattr(TrainConfig, key)) for key in keys}
 
 
@@ -202,7 +206,7 @@ def _refuse_changes(given, fixed, path):
 
 
 def check_vocabulary(state: dict[str, Any], dataset: Dataset) -> None:
-    """A UserError if the checkpoint was trained on another vocabulary than the dataset's."""
+    """Raise a UserError if the checkpoint was trained with another vocabulary than the dataset's."""
     tokenizer = dataset.tokenizer
     unknown = state["tokenizer"] is None  # nanoGPT's checkpoints know its size only
     if state["vocab_size"] != tokenizer.vocab_size or not (unknown or state["tokenizer"] == tokenizer.to_json()):

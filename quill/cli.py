@@ -1,7 +1,8 @@
 """Read a command line and a config file into checked options, and run a script so that errors are one line.
 
-Precedence: defaults < config file < flags. Every key is checked for existence and type, in flags and files alike. The
-options themselves are in quill/options.py. This module imports the standard library only, so `--help` is fast.
+Flags override the config file, which overrides the defaults. Every key is checked for existence and type, in flags and
+in files. The options themselves are in quill/options.py. This module and quill/options.py import nothing slow, so
+`python prepare.py --help` is fast.
 """
 
 import ast
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quill.errors import UserError
-from quill.options import RETIRED, Checked
+from quill.options import NANOGPT_OPTIONS, Checked
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 
@@ -36,7 +37,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     script = Path(sys.argv[0])
     name = script.parent.name if script.name == "__main__.py" else script.name
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell sets for commands in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # quill/start.py had one for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # quill/start.py has set another
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A corpus may hold any character, and the locale's encoding may not.
@@ -65,10 +66,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr; with several processes, on rank 0 only, because all of them have the same line.
+    """Print a line on stderr. Only rank 0 prints, because every process would print the same line.
 
-    Every message of quill's to a user passes here, and is one line whatever the input that it quotes. A stderr that
-    can't be written to, because it is full or closed, stops nothing.
+    Control characters are escaped, so that a message is one line even if it quotes a text with several. Errors of
+    stderr are ignored, for example if it is closed.
     """
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError, ValueError):
@@ -76,7 +77,7 @@ def note(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` with its line ends and other control characters escaped."""
+    """Return `text` with its line ends and other control characters escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -100,8 +101,8 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
         UserError: an option does not exist, or its value has the wrong type.
     """
     positional, flags, types_ = [], {}, option_types(schema)
-    # Retired keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
-    argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in RETIRED.get(schema, {}))
+    # nanoGPT's keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
+    argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in NANOGPT_OPTIONS.get(schema, {}))
     for arg in argv:
         if arg in ("-h", "--help"):
             print(help_text(schema, doc or ""))
@@ -129,7 +130,7 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
     The file runs in a new namespace. Names with a leading underscore, modules and functions are not options.
 
     Raises:
-        UserError: names the file and the line of what is wrong.
+        UserError: the file has a mistake. The message has the file's name and the line.
     """
     path = _find_config_file(Path(path))
     try:
@@ -143,7 +144,7 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
     values = {}
-    for key, value in sorted(names.items(), key=lambda item: item[0] in RETIRED.get(schema, {})):
+    for key, value in sorted(names.items(), key=lambda item: item[0] in NANOGPT_OPTIONS.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         values.update(resolve_option(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
@@ -159,7 +160,7 @@ def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
 
 
 def _find_config_file(path: Path) -> Path:
-    """`path`, or the file in quill's own folder if `path` does not exist here; README's names then work anywhere."""
+    """Return `path`, or the same path in quill's folder, so that README's commands work in any folder."""
     ours = CONFIG_DIR.parent / path
     for found in (path, ours):
         if found.is_file():
@@ -170,23 +171,23 @@ def _find_config_file(path: Path) -> Path:
 
 
 def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> dict[str, Any]:
-    """Return the options that one key sets: {key: checked value}, or the replacement of a retired key.
+    """Return the options that one key sets: {key: checked value}, or those that replace a key of nanoGPT's.
 
     where: the start of an error message, such as "--n_layer=x: ".
     """
     types_ = option_types(schema)
     if key in types_:
         return {key: coerce(value, types_[key], where, key)}
-    retired = RETIRED.get(schema, {}).get(key)
-    if retired is None:
+    nanogpt_option = NANOGPT_OPTIONS.get(schema, {}).get(key)
+    if nanogpt_option is None:
         raise UserError(f"{where}there is no option {key}{did_you_mean(key, types_)}")
     becomes = {}
-    for old, options in retired.becomes.items():
+    for old, options in nanogpt_option.becomes.items():
         if coerce(value, type(old), where, key) == old:
             becomes = options
-    if retired.only is not None and value != retired.only:
-        raise UserError(f"{where}{key}: {retired.notice}")
-    note(f"note: {key}: {retired.notice}")
+    if nanogpt_option.only is not None and value != nanogpt_option.only:
+        raise UserError(f"{where}{key}: {nanogpt_option.notice}")
+    note(f"note: {key}: {nanogpt_option.notice}")
     return becomes
 
 
@@ -197,7 +198,7 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     "none" as None. A Literal takes its members only.
 
     Raises:
-        UserError: `where` (the start of the message), `key`, and the values that the option takes.
+        UserError: the value has another type. The message has `where`, `key` and the values that the option takes.
     """
     choices = typing.get_args(kind)
     if not isinstance(value, (str, int, float, types.NoneType)):
@@ -253,7 +254,7 @@ def _as_bool(value: Any) -> bool | None:
 
 
 def option_types(schema: type[Checked]) -> dict[str, Any]:
-    """The type of every option of `schema`, by name."""
+    """Return the type of every option of `schema`, by name."""
     hints = typing.get_type_hints(schema)
     return {f.name: hints[f.name] for f in _fields(schema)}
 
@@ -263,18 +264,18 @@ def _fields(schema: type[Checked]) -> tuple[Field[Any], ...]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The hint " (did you mean X?)" for the closest of `known`, or "" if none is close."""
+    """Return the hint " (did you mean X?)" for the closest of `known`, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def config_files() -> list[Path]:
-    """The configs that ship with quill, sorted by name."""
+    """Return the configs that ship with quill, sorted by name."""
     return sorted(p for p in CONFIG_DIR.rglob("*.py") if not p.name.startswith("_"))
 
 
 def list_configs() -> str:
-    """One line for each config that ships with quill: its path and the first line of its docstring."""
+    """Return one line for each config that ships with quill: its path and the first line of its docstring."""
     rows = []
     for path in config_files():
         try:
@@ -287,7 +288,7 @@ def list_configs() -> str:
 
 
 def help_text(schema: type[Checked], doc: str) -> str:
-    """What `--help` prints: `doc`, then each group of `schema` with a line per option (name, default, help)."""
+    """Return what `--help` prints: `doc`, then each group of `schema` with a line per option (name, default, help)."""
     lines = [doc.strip(), ""]
     hints = option_types(schema)
     for group in reversed(schema.__mro__):
@@ -304,14 +305,14 @@ def help_text(schema: type[Checked], doc: str) -> str:
 
 
 def describe_default(schema: type[Checked], key: str) -> str:
-    """An option's default as it is written in a flag; "" for None."""
+    """Return an option's default as a flag has it; "" for None."""
     default = next(f.default for f in _fields(schema) if f.name == key)
     assert default is not MISSING, f"{key} has no default"
     return "" if default is None else str(default)
 
 
 def _line_of(key: str, path: Path) -> int | str:
-    """The number of the line on which a config file last assigns `key`; "?" if none does so by name."""
+    """Return the number of the line on which a config file last assigns `key`; "?" if none does so by name."""
     lines = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_bytes()))  # bytes, because the file may name its encoding

@@ -7,7 +7,7 @@ MOMENT = 0.05  # seconds over which the use of the cores is measured
 
 
 def cores_in_use() -> float:
-    """How many of the cores that this process may use are in use now, by whom ever. 0 where that is not known."""
+    """Return how many of the cores that this process may use are in use now, by any program. 0 if that is not known."""
     try:
         mine = os.sched_getaffinity(0)
         before = _idle_seconds(mine)
@@ -20,7 +20,7 @@ def cores_in_use() -> float:
 
 
 def _idle_seconds(cores):
-    """Idle seconds since the machine started, summed over `cores`. A line is "cpu0 user nice system idle iowait …"."""
+    """Sum the idle seconds of `cores` since the machine started. /proc/stat has "cpu0 user nice system idle iowait"."""
     ticks = 0
     with open("/proc/stat", encoding="ascii") as file:
         for line in file:

@@ -1,7 +1,7 @@
-"""Faster layers for a CPU, put into a finished model from outside: the same parameters under the same names.
+"""Faster layers for a CPU that replace those of an existing model, with the same parameters under the same names.
 
 torch's own Linear, Dropout and attention leave much of a CPU unused at the sizes of a small GPT. The classes here
-compute the same functions; docs/records/ has what each is worth. Shapes are those of model.py.
+compute the same functions; docs/records/ has the speed-up of each. Shapes are those of model.py.
 """
 
 import math
@@ -17,7 +17,7 @@ from model import CausalSelfAttention
 def speed_up(model):
     """Replace the layers of a model that is on a CPU by the faster ones below, in place. → `model`
 
-    A model on another device stays as it is.
+    A model on another device is not changed.
     """
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
@@ -43,7 +43,7 @@ class Dropout(nn.Dropout):
 
 
 def rounded(p):
-    """The probability nearest to `p` that 16 bits can express, and below 1."""
+    """Return the probability below 1 that is nearest to `p` and that 16 bits can express."""
     return min(round(p * 2**16), 2**16 - 1) / 2**16
 
 
@@ -55,7 +55,7 @@ class Linear(nn.Linear):
         if not few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows, parts = x.reshape(-1, self.in_features), parts_of(self.out_features)
-        # With few rows, most of the time is spent reading the weights, which F.linear does at half the memory's speed.
+        # With few rows, most of the time is spent reading the weights, which F.linear reads at half the memory's speed.
         # As the left factor of a batched product, in parts that the threads share, they are read at full speed.
         y = torch.bmm(self.weight.view(parts, -1, self.in_features), rows.T.expand(parts, -1, -1))
         y = y.view(self.out_features, -1).T.view(*x.shape[:-1], self.out_features)  # from (parts, out / parts, rows)
@@ -64,15 +64,15 @@ class Linear(nn.Linear):
 
 @cache
 def parts_of(out_features):
-    """The smallest number of equal parts, from 2 to 31, into which the rows of a weight can be split; else 1."""
+    """Return the smallest number of equal parts, from 2 to 31, into which the rows of a weight can be split; else 1."""
     return next((n for n in range(2, 32) if out_features % n == 0), 1)
 
 
 class Attention(CausalSelfAttention):
     """CausalSelfAttention without torch's fused kernel where that is slow.
 
-    torch has no fused kernel with dropout on a CPU, and the gradient of its kernel for bfloat16 is slow for blocks
-    of up to 512.
+    torch has no fused kernel with dropout on a CPU, and the gradient of its kernel for bfloat16 is slow for
+    contexts of up to 512 tokens.
     """
 
     def attend(self, q, k, v):  # noqa: D102

@@ -1,4 +1,4 @@
-"""What a run would be, without training: the model's modules, its memory, its FLOPs and the length of an epoch."""
+"""Describe a run without training it: the model's modules, its memory, its FLOPs and the length of an epoch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from quill.options import TrainConfig
 
 
 def describe(config: TrainConfig, vocab_size: int, batches: Batches) -> str:
-    """Lines with the modules' shapes and parameters, FLOPs, memory, and the steps in an epoch.
+    """Return lines with the modules' shapes and parameters, FLOPs, memory, and the steps in an epoch.
 
     batches: those of the training split.
     """
-    with torch.device("meta"):  # shapes without memory, so that a model that fits nowhere can be described too
+    with torch.device("meta"):  # shapes without memory, so that a model of any size can be described
         model = GPT(config, vocab_size)
     moments = 1 if config.optimizer == "muon" else 2
     state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
@@ -31,7 +31,7 @@ def describe(config: TrainConfig, vocab_size: int, batches: Batches) -> str:
             *_module_lines(model, config),
             f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
             f"memory            {4 * (weights + state) / 2**20:,.1f} MiB of weights, gradients and optimizer state; "
-            "activations come on top",
+            "activations need more memory",
             f"a step            {batches.rows:,} rows, {tokens:,.0f} tokens",
             f"an epoch          {epoch:,.1f} steps, {in_epoch:,} tokens",
             f"the run           {config.max_iters:,} steps, {config.max_iters / epoch:,.2f} epochs, "
@@ -41,7 +41,7 @@ def describe(config: TrainConfig, vocab_size: int, batches: Batches) -> str:
 
 
 def _module_lines(model, config):
-    """One line for each module that has parameters. Blocks after the first have the same shapes and share a line."""
+    """Yield a line for each module with parameters. Blocks after the first have the same shapes and share a line."""
     for name, module in model.named_modules():
         layer = re.match(r"transformer\.h\.(\d+)", name)
         if layer and int(layer[1]) > 0:

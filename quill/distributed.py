@@ -22,7 +22,7 @@ from quill.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
-    """A process's place among the processes of a run. The default is a process that is alone."""
+    """A process's place among the processes of a run. The default is a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,7 +51,7 @@ class ProcessGroup:
         return tensor
 
     def max(self, number: int) -> int:
-        """The largest `number` of any rank."""
+        """Return the largest `number` of any rank."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor(number)
@@ -79,5 +79,5 @@ class ProcessGroup:
 
 
 def parallelize(model: nn.Module, group: ProcessGroup) -> nn.Module:
-    """Wrap `model` so that its gradients are averaged over the ranks. A process that is alone gets it unchanged."""
+    """Wrap `model` so that its gradients are averaged over the ranks. A single process gets it unchanged."""
     return DistributedDataParallel(model) if group.world_size > 1 else model

@@ -21,7 +21,7 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
 
     The block gets one binary file per path. These are new temporary files in the folder of the first path, which is
     made if it does not exist. When the block ends, they are synced to the disk and renamed to `paths`. If it raises,
-    they are deleted and `paths` keep what they held. A process that is killed leaves them: see `folder_lock`.
+    they are deleted and `paths` stay unchanged. A process that is killed does not delete them: see `folder_lock`.
 
     With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
     the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.

@@ -3,7 +3,7 @@
     for tokens in stream_tokens(model, idx, max_new_tokens=100, temperature=0.8):
         ...                                                              # (B,) int64, one token for each row
 
-`GPT.generate` in model.py computes the same without a cache, and is what the tests hold this file to.
+The tests compare this file with `GPT.generate` in model.py, which computes the same without a cache.
 
 Shapes: B sequences in a batch, T tokens in a sequence, H heads, D = C / H, V = vocab_size.
 """
@@ -17,13 +17,13 @@ from quill.data.batches import derive_seed
 
 
 class KVCache:
-    """The keys and values that each layer has computed so far, in buffers as long as a block.
+    """The keys and values that each layer has computed so far, at most block_size of them.
 
-    It only stores. What to do when it is full is up to `stream_tokens`.
+    `stream_tokens` replaces it when it is full.
     """
 
     def __init__(self, config):
-        self.length = 0  # tokens that the model has seen, also where it has no layers
+        self.length = 0  # tokens that the model has seen, also if it has no layers
         self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
 
 
@@ -49,8 +49,8 @@ class LayerCache:
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token for each row of `logits` (B, V). → (B,) int64. Below a temperature of 1e-6, take the likeliest.
 
-    top_k: keep the k likeliest tokens. top_p: keep the likeliest tokens that together hold that much probability, and
-    at least one (nucleus sampling, Holtzman et al. 2019).
+    top_k: keep the k likeliest tokens. top_p: keep the fewest of the likeliest tokens whose probabilities sum up to
+    top_p or more (nucleus sampling, Holtzman et al. 2019).
     """
     if temperature < 1e-6:  # logits / temperature could be too large for float32
         return logits.argmax(dim=-1)
@@ -62,7 +62,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     probs = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:  # float32's running sum may reach 1 too early
         ranked, order = probs.sort(dim=-1, descending=True)
-        # Keep a token as long as those before it hold less than top_p, and the likeliest in any case.
+        # Keep a token if the likelier ones sum up to less than top_p, and keep the likeliest in any case.
         drop = ranked.cumsum(dim=-1) - ranked >= top_p
         drop[:, 0] = False
         ranked = ranked.masked_fill(drop, 0.0)
@@ -91,7 +91,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     """
     block_size = model.config.block_size
     context = idx[:, -block_size:]  # the tokens that the next one depends on
-    new, cache = context, KVCache(model.config)  # `new`: those that the cache does not hold yet
+    new, cache = context, KVCache(model.config)  # `new`: tokens that are not in the cache yet
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     with eval_mode(model):
         for _ in range(max_new_tokens):
@@ -112,12 +112,12 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 
 
 def generate(model, idx, max_new_tokens, **options):
-    """All tokens of `stream_tokens` at once. → (B, T + new), the prompt included"""
+    """Return all tokens of `stream_tokens` at once. → (B, T + new), the prompt included"""
     return torch.stack([*idx.unbind(1), *stream_tokens(model, idx, max_new_tokens, **options)], dim=1)
 
 
 def draw_samples(model, tokenizer, count, config, machine, step):
-    """`count` texts of a training run at `step`, as config.sample_tokens and config.sample_temperature say.
+    """Draw `count` texts for a training run at `step`, with config.sample_tokens and config.sample_temperature.
 
     Their random numbers are derived from (seed, step), so that asking for samples changes no training step.
     """

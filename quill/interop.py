@@ -1,4 +1,4 @@
-"""Other people's names and files ↔ ours. Today: nanoGPT's checkpoints → ours."""
+"""Convert checkpoints of other programs. nanoGPT's are supported."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from quill.errors import UserError
 
-NANOGPT_KEYS = {"model_args", "model"}  # what a checkpoint of nanoGPT's holds, and ours does not
+NANOGPT_KEYS = {"model_args", "model"}  # every nanoGPT checkpoint has them; quill's have no model_args
 
 
 def from_nanogpt(state: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    """The content of nanoGPT's ckpt.pt → what `checkpoint.load` returns, less its format number.
+    """Convert the content of nanoGPT's ckpt.pt. → what `checkpoint.load` returns, without its format number
 
     Parameters have the same names and shapes. torch.compile's prefix and the mask buffers of old versions are dropped.
-    A UserError says what is missing from the file.
+    Raise a UserError if the file lacks a part.
     """
     architecture = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
     try:
@@ -36,4 +36,4 @@ def from_nanogpt(state: dict[str, Any], path: Path | str) -> dict[str, Any]:
             "best_val_loss": float(state.get("best_val_loss", "inf")),
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: looks like a checkpoint of nanoGPT's, but can't be read: {error}") from None
+        raise UserError(f"{path}: looks like a nanoGPT checkpoint, but can't be read: {error}") from None

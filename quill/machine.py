@@ -83,7 +83,7 @@ def memory_limits(machine: Machine) -> Iterator[None]:
 
 
 class StopSignals:
-    """Let SIGINT and SIGTERM end the loop after its step. A second SIGINT ends a process that is alone at once."""
+    """Let SIGINT and SIGTERM end the loop after its step. A second SIGINT ends a single process at once."""
 
     def __enter__(self) -> StopSignals:
         self.received = 0
@@ -102,7 +102,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def agreed(self, group: ProcessGroup) -> int:
-        """The signal that any rank has received, or 0, so that all ranks stop after the same step."""
+        """Return the signal that any rank has received, or 0, so that all ranks stop after the same step."""
         return group.max(self.received)
 
 
@@ -111,11 +111,11 @@ def pick_machine(
     group: ProcessGroup = ProcessGroup(),  # noqa: B008 - it is frozen
     saved_threads: int | None = None,
 ) -> Machine:
-    """`config.device`, `config.dtype`, `config.threads` → Machine, and set the number of torch's threads.
+    """Pick the device and the dtype that `config` asks for, and set the number of torch's threads.
 
-    Under torchrun, each process of a node takes a GPU of its own. saved_threads: those of the checkpoint, which a
-    resume keeps, because the number of threads decides how sums are rounded. Raise a UserError that says which device
-    or dtype is not available, and what to use instead.
+    Under torchrun, each process of a node uses its own GPU. saved_threads: the number of threads in the checkpoint. A
+    resumed run keeps it, because it decides how sums are rounded. Raise a UserError if the device or the dtype is not
+    available.
     """
     reason = set_threads(config.threads, saved_threads)
     device = _best_device(group) if config.device == "auto" else _device(config.device)
@@ -193,7 +193,7 @@ def _best_dtype(device):
         # Older cards emulate bf16, which is slower than fp32.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
-        # Where the processor multiplies bf16 itself, a step takes 0.42 to 0.73 of its time in fp32 (docs/records/).
+        # With bf16 instructions, a step takes 0.42 to 0.73 of its time in fp32 (docs/records/).
         tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
         return torch.bfloat16 if native else torch.float32

@@ -12,22 +12,22 @@ from quill.options import TrainConfig
 
 
 def lr_multiplier(step: int, config: TrainConfig) -> float:
-    """The fraction of its peak learning rate that each optimizer uses at `step`, counted from 0."""
+    """Return the fraction of its peak learning rate that each optimizer uses at `step`, counted from 0."""
     return learning_rate(step, config) / config.learning_rate
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """AdamW's learning rate at `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
+    """Return AdamW's learning rate at `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
         return config.learning_rate
-    start = config.warmup_iters
+    decay_start = config.warmup_iters
     if config.schedule == "wsd":  # warm-up, stable, decay (Hägele et al. 2024)
-        start = max(start, config.decay_end - int(config.wsd_decay * config.decay_end))
-    if step < start:
+        decay_start = max(decay_start, config.decay_end - int(config.wsd_decay * config.decay_end))
+    if step < decay_start:
         return config.learning_rate
-    done = min(1.0, (step - start) / max(1, config.decay_end - start))
+    done = min(1.0, (step - decay_start) / max(1, config.decay_end - decay_start))
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
@@ -58,8 +58,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[tuple[torch.o
 class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) for all matrices of one shape at once, orthogonalized in float32.
 
-    One by one, the small matrices of a small GPT take longer than their gradients did. torch's Muon computes in
-    bfloat16, and where the hardware lacks it, the emulation takes longer than the rest of a step.
+    For a small GPT, updating the matrices one at a time takes longer than computing their gradients. torch's Muon
+    computes in bfloat16. On hardware without bfloat16, the emulation takes longer than the rest of a step.
     """
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Every option of every command: its type, default, help line and checks. No other file holds a default.
 
-An option that nanoGPT has too keeps nanoGPT's name and default, so nanoGPT's commands and config files work unchanged.
-There are four exceptions. `device`, `dtype` and `compile` are `auto`, because the machine can be asked. `eval_iters`
-is 0, because evaluation covers the whole validation split unless it is capped.
+An option that nanoGPT has too keeps nanoGPT's name and default, so most of nanoGPT's commands and config files work
+unchanged. These defaults differ: `device`, `dtype` and `compile` are `auto`; `eval_iters` is 0, which evaluates the
+whole validation split; `lr_decay_iters` is `max_iters`; `start` is empty.
 
 Each class below is one group of options, which `--help` prints under its HEADING. A command's options are the groups
 that its class inherits from. Reading options from flags and config files is left to quill/cli.py.
@@ -48,7 +48,7 @@ class Checked:
 
 
 def _check_text(name: str, value: str) -> None:
-    """Names and paths go into file names, checkpoints and meta.json, which take UTF-8 without null characters."""
+    """Raise a UserError if `value` has characters that file names, checkpoints or meta.json can't have."""
     try:
         wrong = "\0" in value or not value.encode()
     except UnicodeEncodeError:
@@ -91,7 +91,7 @@ class ModelConfig(Checked):
     activation: Literal["gelu", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
-    residual: bool = option(True, "add each block's input to its output")
+    residual: bool = option(True, "add the input of attention and of the MLP to its output")
     tie_weights: bool = option(True, "lm_head and the token embedding share one matrix")
     qk_norm: bool = option(False, "apply RMSNorm to queries and keys")
     init_std: float | None = option(
@@ -107,9 +107,9 @@ class ModelConfig(Checked):
                 f"--n_head={self.n_head} is {self.n_embd // self.n_head}"
             )
         if self.mlp_ratio * self.n_embd > 2**31:
-            raise UserError(f"--mlp_ratio={self.mlp_ratio} of --n_embd={self.n_embd} is too wide")
+            raise UserError(f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd} makes the MLP too wide")
         if self.mlp_ratio and int(self.mlp_ratio * self.n_embd) < 1:
-            raise UserError(f"--mlp_ratio={self.mlp_ratio} of --n_embd={self.n_embd} leaves the MLP no width")
+            raise UserError(f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd} makes the width of the MLP 0")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class RunConfig(Checked):
         "scratch", "scratch | resume (out_dir's last.pt) | auto (resume if there is one) | a checkpoint to fine-tune"
     )
     overwrite: bool = option(False, "let a new run replace the one in out_dir")
-    seed: int = option(1337, "all randomness derives from (seed, step, rank)", at_least=0)
+    seed: int = option(1337, "all random numbers are derived from this seed", at_least=0)
 
     def _check_group(self) -> None:
         if not self.out_dir:
@@ -157,7 +157,10 @@ class OptimizerConfig(Checked):
     min_lr: float = option(6e-5, "learning rate at the end of the decay", at_least=0)
     wsd_decay: float = option(0.2, "wsd: the rate decays in this last fraction of the steps", above=0)
     ema_decay: float = option(
-        0.0, "d in the weights' average, w = d w + (1 - d) new; 0 turns it off", at_least=0, below=1
+        0.0,
+        "d in the moving average of the weights, average = d × average + (1 - d) × weights; 0 turns it off",
+        at_least=0,
+        below=1,
     )
 
     def _check_group(self) -> None:
@@ -180,26 +183,28 @@ class OptimizerConfig(Checked):
 
 @dataclass(frozen=True)
 class ReportConfig(Checked):
-    """What a run evaluates, logs and prints on the way."""
+    """What a run evaluates, logs and prints during training."""
 
     HEADING: ClassVar[str] = "Evaluation, logging and samples during a run"
 
     eval_interval: int = option(2000, "steps between evaluations; each evaluation writes a checkpoint", at_least=1)
-    eval_iters: int = option(0, "most batches in an evaluation; 0 evaluates the whole validation split", at_least=0)
+    eval_iters: int = option(
+        0, "maximum number of batches in an evaluation; 0 evaluates the whole validation split", at_least=0
+    )
     eval_only: bool = option(False, "evaluate, print the loss and stop")
     dry_run: bool = option(False, "describe the model, its memory and the length of an epoch, without training")
     patience: int = option(0, "stop after this many evaluations without a new best; 0 never stops", at_least=0)
-    log_interval: int = option(1, "steps between readings of the loss", at_least=1)
+    log_interval: int = option(1, "steps between log lines", at_least=1)
     eval_samples: int = option(0, "samples to print at each evaluation", at_least=0)
     final_samples: int = option(0, "samples to print at the end", at_least=0)
-    sample_tokens: int = option(200, "longest of these samples, in tokens", at_least=1)
+    sample_tokens: int = option(200, "maximum length of these samples, in tokens", at_least=1)
     sample_temperature: float = option(
         0.8, "temperature of these samples; 0 always takes the likeliest token", at_least=0
     )
     tensorboard: bool = option(False, "write curves, samples, histograms and attention for TensorBoard to out_dir")
 
     def _check_group(self) -> None:
-        # Checked here and not at the import, so that the error comes before a run replaces an older one.
+        # Checked here and not at the import, so that the error is raised before a run replaces an older one.
         if self.tensorboard and not (self.dry_run or self.eval_only) and find_spec("tensorboard") is None:
             raise UserError("--tensorboard=True needs a package: pip install tensorboard (or --tensorboard=False)")
 
@@ -226,7 +231,7 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation follows once `step` steps are done."""
+        """Return whether an evaluation follows once `step` steps are done."""
         return step % self.eval_interval == 0 or step == self.max_iters
 
 
@@ -237,11 +242,11 @@ class SampleConfig(SystemConfig):
     HEADING: ClassVar[str] = "Sampling"
 
     out_dir: str = option("out", "folder of the run to sample from: its best.pt, else its last.pt")
-    ckpt: str = option("", "a checkpoint file in place of out_dir; nanoGPT's ckpt.pt works too")
+    ckpt: str = option("", "a checkpoint file, instead of out_dir; nanoGPT's ckpt.pt works too")
     data_dir: str = option("data", "folder of the dataset that a nanoGPT checkpoint was trained on")
     start: str = option("", "the prompt, or FILE:prompt.txt; empty starts with a new line or a new document")
     num_samples: int = option(10, "number of samples", at_least=1)
-    max_new_tokens: int = option(500, "longest sample, in tokens", at_least=1)
+    max_new_tokens: int = option(500, "maximum length of a sample, in tokens, without the prompt", at_least=1)
     temperature: float = option(
         0.8, "divides the logits; 0 always takes the likeliest token; with --score the default is 1", at_least=0
     )
@@ -249,7 +254,7 @@ class SampleConfig(SystemConfig):
     top_p: float | None = option(None, "draw from the likeliest tokens whose probabilities sum up to this", above=0)
     seed: int = option(1337, "the same seed gives the same text", at_least=0)
     score: str = option("", "a text, or FILE:text.txt: show how likely each of its tokens is, without sampling")
-    json: bool = option(False, "with --score: print a JSON object in place of the table")
+    json: bool = option(False, "with --score: print a JSON object instead of the table")
 
     def _check_group(self) -> None:
         if self.top_p is not None and self.top_p > 1:
@@ -276,16 +281,16 @@ class BenchConfig(SystemConfig):
     HEADING: ClassVar[str] = "Benchmarks"
 
     peer: str = option("", "folder of nanoGPT, to measure it too; empty measures quill alone (replay needs nanoGPT)")
-    pairs: int = option(5, "how often each side runs; the two sides alternate", at_least=1)
-    seeds: int = option(3, "compare, ladder: number of seeds for each config", at_least=1)
-    recipe: str = option("config/shakespeare_char_cpu.py", "loss: the config to run")
+    pairs: int = option(5, "how many times quill and nanoGPT each run; they alternate", at_least=1)
+    seeds: int = option(3, "for `bench compare` and `bench ladder`: number of seeds for each config", at_least=1)
+    recipe: str = option("config/shakespeare_char_cpu.py", "for `bench loss`: the config to run")
     data_dir: str = option("data", "folder of the prepared datasets")
     out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")
 
 
 @dataclass(frozen=True)
-class Retired:
-    """What happens to a key of nanoGPT's that is not an option here: the user reads `notice`, and the run goes on.
+class NanoGPTOption:
+    """An option of nanoGPT that quill does not have. quill prints `notice` and continues.
 
     becomes: for some values of the key, the options that have the same effect. Other values change nothing.
     only: the one value that is accepted; None accepts every value.
@@ -296,20 +301,24 @@ class Retired:
     only: str | None = None
 
 
-RETIRED: dict[type[Checked], dict[str, Retired]] = {
+NANOGPT_OPTIONS: dict[type[Checked], dict[str, NanoGPTOption]] = {
     TrainConfig: {
-        "wandb_log": Retired("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard"),
-        "wandb_project": Retired("not used: a run is named by --out_dir"),
-        "wandb_run_name": Retired("not used: a run is named by --out_dir"),
-        "always_save_checkpoint": Retired("not used: every evaluation writes last.pt, and best.pt keeps the best"),
-        "backend": Retired("not used: nccl on CUDA, gloo on CPU"),
-        "decay_lr": Retired(
+        "wandb_log": NanoGPTOption("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard"),
+        "wandb_project": NanoGPTOption("not used: a run is named by --out_dir"),
+        "wandb_run_name": NanoGPTOption("not used: a run is named by --out_dir"),
+        "always_save_checkpoint": NanoGPTOption(
+            "not used: every evaluation writes last.pt, and best.pt keeps the best"
+        ),
+        "backend": NanoGPTOption("not used: nccl on CUDA, gloo on CPU"),
+        "decay_lr": NanoGPTOption(
             "use --schedule: True is cosine, False is constant without warm-up",
             {True: {"schedule": "cosine"}, False: {"schedule": "constant", "warmup_iters": 0}},
         ),
     },
     SampleConfig: {
-        "init_from": Retired("--out_dir or --ckpt names the checkpoint; GPT-2's weights are not read", only="resume"),
-        "compile": Retired("not used: sampling is uncompiled, with a cache of keys and values"),
+        "init_from": NanoGPTOption(
+            "--out_dir or --ckpt names the checkpoint; GPT-2's weights are not read", only="resume"
+        ),
+        "compile": NanoGPTOption("not used: sampling is uncompiled, with a cache of keys and values"),
     },
 }

@@ -31,14 +31,14 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[RunFolder]:
-        """Hold the folder's lock. A UserError if another process has it."""
+        """Hold the folder's lock. Raise a UserError if another process has it."""
         with folder_lock(self.path):
             yield self
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints of a run that exist, the one to resume from first.
+        """Return the checkpoints of a run that exist, the one to resume from first.
 
-        Both hold a whole state. A run that is killed in its very first save leaves best.pt alone.
+        Both have a whole state. If a run is killed during its first save, only best.pt exists.
         """
         return [self.path / name for name in CHECKPOINTS if (self.path / name).is_file()]
 
@@ -48,7 +48,7 @@ class RunFolder:
         return [path for path in files if path.is_symlink() or path.exists()] + sorted(self.path.glob(EVENTS))
 
     def refuse_another_run(self, config: TrainConfig) -> None:
-        """A UserError if the folder holds a run that a new run with the options `config` would replace.
+        """Raise a UserError if the folder has a run that a new run with the options `config` would replace.
 
         The run's own unfinished start, which has no checkpoint yet, may be replaced.
         """
@@ -72,7 +72,7 @@ class RunFolder:
             return None
 
     def take(self, config: TrainConfig) -> None:
-        """Delete what the folder holds of another run, and note whose it is now. A resume deletes nothing."""
+        """Delete the files of another run, and write this run's identity. A resumed run deletes nothing."""
         if config.init_from != "resume":
             for path in self.find_run():
                 if path.name != "ckpt.pt":  # nanoGPT's, which quill never writes
@@ -82,18 +82,18 @@ class RunFolder:
 
 
 def identity(config: TrainConfig) -> str:
-    """A digest of the options that make a run what it is."""
+    """Return a digest of the options that make a run what it is."""
     options = {key: value for key, value in asdict(config).items() if key not in VOLATILE}
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
 
 def what_is_kept(out_dir: str | Path) -> str:
-    """The end of an error message: which checkpoint of the run in `out_dir` remains, if any."""
+    """Return the end of an error message: which checkpoint of the run in `out_dir` remains, if any."""
     held = RunFolder(str(out_dir)).checkpoints()
     return f"{held[0]} is kept" if held else "no checkpoint had been saved"
 
 
 def folder_of(given: dict[str, object]) -> RunFolder:
-    """The folder that the options `given` name, before they are complete. A UserError if its name can't be one."""
+    """Return the folder that the incomplete options `given` name. Raise a UserError if its name is not valid."""
     known = ("out_dir", "data_dir", "dataset")
     return RunFolder(RunConfig(**{key: given[key] for key in known if key in given}).out_dir)  # pyright: ignore

@@ -30,19 +30,19 @@ class Damage(Exception):
 
 
 def check_to_sample(state: dict[str, Any], path: Path | str) -> None:
-    """A UserError if the keys that sampling and fine-tuning use are not as they must be."""
+    """Raise a UserError if the keys that sampling and fine-tuning use are not as they must be."""
     with_path(path, _check_to_sample, state)
 
 
 def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
-    """A UserError if the keys that only a resume uses are not as they must be."""
+    """Raise a UserError if the keys that only a resume uses are not as they must be."""
     with_path(path, _check_to_resume, state)
 
 
 def check_moments(
     optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]], step: int, path: Path | str
 ) -> None:
-    """Raise a UserError if `saved` are not states of `optimizers` after `step` steps: groups, names, shapes, values."""
+    """Raise a UserError if `saved` are not states of `optimizers` after `step` steps, with finite values."""
     if len(saved) != len(optimizers):
         raise UserError(f"{path}: damaged: {len(saved)} optimizers, but this run has {len(optimizers)}")
     for optimizer, state in zip(optimizers, saved, strict=True):
@@ -118,7 +118,7 @@ def _check_moments(optimizer, saved, step):
 
 
 def _expected_shapes(config, vocab_size, weights):
-    """The shapes that the model's weights must have, from a model without memory. → {name: shape}"""
+    """Return the shapes that the model's weights must have, from a model without memory. → {name: shape}"""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise Damage("model must be weights by name")
     layers = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
@@ -190,7 +190,7 @@ def _is_plain_tensor(value):
 
 
 def _fits(value, kind):
-    """Whether `value` is of an option's type, without any conversion but from int to float."""
+    """Return whether `value` is of an option's type, without any conversion but from int to float."""
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return any(value == choice and type(value) is type(choice) for choice in choices)

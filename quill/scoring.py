@@ -1,7 +1,7 @@
 """How likely a model finds a text: a row for each token, as a table or as JSON.
 
-The code of validation (quill/data/batches.py) decides what is predicted from what, so the total is the loss that
-training would report for the text:
+The targets are chosen by the same code as in an evaluation (quill/data/batches.py), so the mean loss is what an
+evaluation of these ids would report:
 
     documents   Every line that is not blank is a document, `BOS a n n a BOS`. The BOS that ends it is predicted too.
     a stream    The first token is predicted from a newline, as in sampling with an empty prompt. If the vocabulary has
@@ -64,7 +64,7 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
         replaces; with a token per character, bits per character are then the mean loss / ln 2.
 
     Raises:
-        UserError: names the characters that the vocabulary lacks.
+        UserError: the vocabulary lacks a character.
     """
     if tokenizer.is_documents:
         text = join_documents(split_documents(text, tokenizer))
@@ -147,13 +147,13 @@ def readable(text: str, bos: str | None = None) -> list[str]:
 
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
-    """How each token is shown, by id: a list of V strings."""
+    """Return how each token is shown, by id: a list of V strings."""
     end = END if tokenizer.is_documents else None
     return ["".join(readable(tokenizer.decode([i], "surrogateescape"), end)) for i in range(tokenizer.vocab_size)]
 
 
 def context_tail(ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
-    """The end of a context, at most CONTEXT_WIDTH columns wide; it starts with … if it is shortened."""
+    """Return the end of a context, at most CONTEXT_WIDTH columns wide; it starts with … if it is shortened."""
     ids = ids[-4 * (CONTEXT_WIDTH + 1) :]  # a character has up to 4 bytes, so this is more than is shown
     cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.is_documents else None)
     if sum(map(width, cells)) <= CONTEXT_WIDTH:
@@ -164,7 +164,7 @@ def context_tail(ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def width(text: str) -> int:
-    """Columns that `text` takes on a terminal; Chinese, Japanese and Korean characters take two."""
+    """Return the number of columns of `text` on a terminal. Chinese, Japanese and Korean characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 

@@ -9,7 +9,7 @@ This is the one module of quill that does something when it is imported:
    such as a checkpoint, would get their number, and receive what is printed.
 2. Ctrl-C during the imports, which take seconds, ends the process silently with exit code 130.
 3. It decides how torch's threads wait for each other. By default they spin: they ask again and again without giving up
-   their core. That is fast on a quiet machine, and many times slower beside a program that needs one of the cores.
+   their core. That is fast on a quiet machine, and many times slower if another program needs one of the cores.
    The OpenMP library of torch reads this decision once, when it is loaded. It changes no result.
 """
 

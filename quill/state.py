@@ -1,4 +1,7 @@
-"""Everything that a run resumes from, in one object: weights, their average, optimizers, scaler and progress."""
+"""Everything that a run resumes from, in one object: weights, their average, optimizers, scaler and progress.
+
+Random numbers and batches are not saved: they are derived from the seed and the step.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class TrainState:
         return self.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of a checkpoint, less its format number."""
+        """Return the content of a checkpoint, without its format number."""
         return {
             "config": asdict(self.config),
             "flags": self.flags,
@@ -87,7 +90,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. The options and the flags stay those that this run was given."""
+        """Restore what `state_dict` returned. The options and flags are not restored from `saved`."""
         self.progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
         self.data_order = saved["data_order"]
         self.model.load_state_dict(saved["model"])
@@ -102,9 +105,9 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
 
     def read_losses(self) -> tuple[list[float], list[float]]:
-        """The losses and the gradient norms of the pending steps. A non-finite one ends the run with a UserError.
+        """Return the losses and the gradient norms of the pending steps. Raise a UserError if one is not finite.
 
-        Reading makes the device wait, so this is called once for many steps, and before every save.
+        Reading waits until the device has finished, so this is called once for many steps, and before every save.
         """
         pairs = torch.stack([torch.stack(pair) for pair in self.pending]).cpu()
         self.pending.clear()
@@ -117,14 +120,14 @@ class TrainState:
                 raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
         if self.scaler.get_scale() < 1e-4:
             raise UserError(
-                f"step {self.progress.step}: no loss scale is small enough for float16's gradients: {advice}"
+                f"step {self.progress.step}: gradients overflow float16 even with the smallest loss scale: {advice}"
             )
         losses, norms = pairs.T.tolist()
         self.progress.losses += losses
         return losses, norms
 
     def record(self, val_loss: float) -> bool:
-        """Note an evaluation. → whether it is the best so far"""
+        """Record an evaluation. → whether it is the best so far"""
         better = val_loss < self.progress.best_val_loss
         self.progress.best_val_loss = min(val_loss, self.progress.best_val_loss)
         self.progress.evals_since_best = 0 if better else self.progress.evals_since_best + 1

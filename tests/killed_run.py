@@ -1,4 +1,4 @@
-"""A run of train.py that is killed again and again. Its own process, so that torch is imported once and children fork.
+"""A run of train.py that is killed again and again. A separate process imports torch once and forks children.
 
     python tests/killed_run.py KILLS SEED FLAG …
 
@@ -21,7 +21,7 @@ import train  # noqa: E402
 
 
 def child(flags, dies_at_write):
-    """Fork a run that kills itself at its nth fsync, before what was written has its name."""
+    """Fork a run that kills itself at its nth fsync, before the file that it wrote is renamed."""
     pid = os.fork()
     if pid:
         return pid

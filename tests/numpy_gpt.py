@@ -1,6 +1,6 @@
 """GPT's forward pass and loss in plain numpy and float64, written from the papers and not from model.py: the reference.
 
-One loop for each position that attends and no trick of any kind, so that it can be checked by eye.
+It loops over the positions and uses no optimization, so that it can be checked by eye.
 """
 
 import math
@@ -20,6 +20,7 @@ def norm(x, kind, w, name):
         return x
     if kind == "rmsnorm":
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    assert kind == "layernorm", kind
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     return y * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
 
@@ -67,6 +68,7 @@ def mlp(x, w, name, config):
     elif config.activation == "relu2":
         h = np.maximum(h, 0) ** 2
     else:
+        assert config.activation == "swiglu", config.activation
         gate, up = np.split(h, 2, axis=-1)
         h = gate / (1 + np.exp(-gate)) * up
     return linear(h, w, f"{name}.c_proj")

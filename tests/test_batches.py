@@ -144,7 +144,7 @@ def test_a_row_holds_one_document():
 
 def test_a_long_document_fills_several_rows():
     data = np.array([50] + list(range(20)), dtype=np.uint16)
-    starts, lengths = module.document_rows(data, 50, 8)
+    starts, lengths = module.cut_documents(data, 50, 8)
     assert starts.tolist() == [0, 8, 16]
     assert lengths.tolist() == [8, 8, 5]
     x, y, predicted = make(data, 50).gather(starts, lengths)

@@ -29,7 +29,7 @@ from quill.options import BenchConfig, TrainConfig
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The benches' commands run in this process: a process of its own would import torch for each of them."""
+    """The benches' commands run in this process: a new process would import torch for each of them."""
     scripts = {"train.py": train, "sample.py": sample, "prepare.py": prepare}
 
     def run_python(argv, cwd, stdin):
@@ -159,7 +159,7 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, in_p
     keep = [flag for flag in flags(max_iters=2) if not flag.startswith(("--data_dir", "--out_dir"))]
     argv = ["ladder", str(RUNGS[0]), "--seeds=1", next(flag for flag in flags() if flag.startswith("--data_dir"))]
     bench.main([*argv, f"--out_dir={tmp_path}", *keep])
-    with pytest.raises(UserError, match="0_bigram-1 holds a run with another max_iters, learning_rate"):
+    with pytest.raises(UserError, match="0_bigram-1 has a run with another max_iters, learning_rate"):
         bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"])
 
 
@@ -208,7 +208,7 @@ SMALL |= {"device": "cpu", "dtype": "float32", "batch_size": 1}
 
 
 def test_programs_that_generate(peer):
-    """Ours in a process of its own, as the bench runs it; the peer's here."""
+    """Ours in a new process, as the bench runs it; the peer's in this one."""
     assert measure.program("generate_quill", **SMALL) > 0
     assert generate_nanogpt.main(peer=str(peer), **SMALL) > 0
 
@@ -225,7 +225,7 @@ def test_generation_is_measured_beside_a_peer(peer, tmp_path, capsys):
 
 
 def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process, monkeypatch, tmp_path):
-    """Beside a peer that is quill, the losses agree to float32's rounding; with another learning rate they don't."""
+    """With quill as its own peer, the losses agree to float32's rounding; with another learning rate they don't."""
     (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
     config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
@@ -246,7 +246,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
         (["replay"], "replay: give a checkout of nanoGPT"),
-        (["curve"], "replay: give a checkout of nanoGPT"),  # its name before
+        (["curve"], "replay: give a checkout of nanoGPT"),  # its former name
         (["replay", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),

@@ -134,7 +134,7 @@ def test_a_config_file_runs_in_a_new_namespace(tmp_path):
     assert set(sys.modules["quill.cli"].__dict__) == before
 
 
-def test_retired_keys_of_nanogpt_are_translated_and_noted(capsys, tmp_path):
+def test_nanogpts_other_keys_are_translated_and_noted(capsys, tmp_path):
     text = "wandb_log = True\nwandb_project = 'x'\nalways_save_checkpoint = False\ndecay_lr = False\nwarmup_iters = 9\n"
     got = read_config_file(config_file(tmp_path, text), TrainConfig)
     assert got == {"schedule": "constant", "warmup_iters": 0}  # nanoGPT has no warm-up without decay

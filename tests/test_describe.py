@@ -12,7 +12,7 @@ def run(flags):
 
 
 def test_dry_run_describes_and_trains_nothing(flags, tmp_path, capsys):
-    """By hand: C = 16, block 16, 2 layers without bias, tied; AdamW's two moments beside weights and gradients."""
+    """By hand: C = 16, block 16, 2 layers without bias, tied; AdamW has two moments, besides weights and gradients."""
     out_dir = tmp_path / "never"
     assert train.main(flags(dry_run=True, out_dir=out_dir, bias=False)) == 0
     text = capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_dry_run_of_a_model_that_fits_nowhere(flags, capsys):
 
 
 def test_dry_run_of_documents_in_a_folder_that_is_in_use(flags, capsys):
-    """A run stands in out_dir: it is left as it is, and a step's tokens are those of documents of mean length."""
+    """The run in out_dir stays unchanged, and a step's tokens are those of documents of mean length."""
     run(flags(dataset="words", max_iters=2, eval_interval=2))
     capsys.readouterr()
     assert train.main(flags(dataset="words", dry_run=True)) == 0

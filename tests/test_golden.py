@@ -1,6 +1,6 @@
 """Files that earlier versions wrote still open and give the same numbers; printed text is the text in tests/golden/.
 
-After a change of a text that is meant, write the new texts and look at the difference:
+If you change a text on purpose, write the new texts and look at the difference:
 
     QUILL_UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py
     git diff tests/golden

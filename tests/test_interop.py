@@ -13,7 +13,7 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": False
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpts_checkpoint(tmp_path, prefix):
-    """As its train.py writes it: model_args, weights (compiled: behind a prefix; old: with mask buffers), optimizer."""
+    """As its train.py writes it: model_args, weights (compiled: with a prefix; old: with mask buffers), optimizer."""
     torch.manual_seed(0)
     ours = {"model": GPT(ModelConfig(**SHAPE), 11).state_dict()}
     weights = {prefix + name: tensor for name, tensor in ours["model"].items()}

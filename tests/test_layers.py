@@ -1,4 +1,4 @@
-"""DESIGN.md's layers and sizes: who may import what, read from the source of every file.
+"""Which file may import which, and how long a file may be. The imports are read from the source of every file.
 
 A new file fails here until it has a place in LAYERS, so that somebody decides where it belongs.
 """
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# DESIGN.md's table, lowest layer first: a file or a folder, and the third-party packages that it may import. A package
+# The layers, the lowest first: a file or a folder, and the third-party packages that it may import. A package
 # in parentheses may be imported inside functions only. A file may import from lower layers and from its own.
 LAYERS = [
     {"config/": ""},
@@ -124,7 +124,7 @@ def check_layers(sources):
     for path, source in sorted(sources.items()):
         place = find_place(path)
         if place is None:
-            problems.append(f"{path}: has no layer; add it to LAYERS in tests/test_layers.py and to DESIGN.md's table")
+            problems.append(f"{path}: has no layer; add it to LAYERS in tests/test_layers.py")
             continue
         for name, line, lazy in find_imports(source):
             target = find_file(name, modules)

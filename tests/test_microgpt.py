@@ -228,7 +228,7 @@ def test_the_learning_rate_falls_to_zero_in_both():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_likeliest_document_is_torchs(seed):
-    """Sampling almost without temperature, beside `generate` at temperature 0."""
+    """Sampling at a very low temperature gives the tokens of `generate` at temperature 0."""
     weights, model = make(std=0.6, seed=seed)
     text = scalar_gpt.sample(weights, TOKENIZER, random.Random(0), temperature=1e-6)
     ids = generate(model, torch.tensor([[TOKENIZER.bos]]), 16, temperature=0, stop_token=TOKENIZER.bos)[0].tolist()

@@ -254,7 +254,7 @@ print("quill" in sys.modules)
 
 
 def test_the_file_alone_trains_and_generates(tmp_path):
-    """Copied into an empty folder, with a dataclass of its own: it learns to count."""
+    """Copied into an empty folder, with another dataclass as its config, it learns to count."""
     shutil.copy(sys.modules["model"].__file__, tmp_path)
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

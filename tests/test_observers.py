@@ -8,6 +8,7 @@ import pytest
 import train
 from quill import observers
 from quill.errors import UserError
+from quill.observers import metrics_csv
 from quill.observers.metrics_csv import COLUMNS, MetricsFile
 from quill.observers.observer import Evaluation, Observer
 
@@ -25,8 +26,8 @@ class Recorder(Observer):
     def stepped(self):
         self.events.append("stepped")
 
-    def read(self, reading):
-        self.events.append(reading)
+    def logged(self, entry):
+        self.events.append(entry)
 
     def evaluated(self, evaluation):
         self.events.append(evaluation)
@@ -49,15 +50,15 @@ def test_a_run_tells_every_event_once_and_in_order(flags, monkeypatch, tmp_path)
     assert train.main(flags(max_iters=6, eval_interval=4, log_interval=3, eval_samples=1, final_samples=2)) == 0
     names = [event if isinstance(event, str) else type(event).__name__ for event in recorder.events]
     assert names == [
-        *["stepped"] * 3, "Reading", "stepped", "Reading", "Evaluation",
-        *["stepped"] * 2, "Reading", "Evaluation", "tuple", "closed",
+        *["stepped"] * 3, "LogEntry", "stepped", "LogEntry", "Evaluation",
+        *["stepped"] * 2, "LogEntry", "Evaluation", "tuple", "closed",
     ]  # fmt: skip
-    readings = [event for event in recorder.events if isinstance(event, observers.Reading)]
+    entries = [event for event in recorder.events if isinstance(event, observers.LogEntry)]
     evaluations = [event for event in recorder.events if isinstance(event, Evaluation)]
-    assert [reading.step for reading in readings] == [3, 4, 6]
+    assert [entry.step for entry in entries] == [3, 4, 6]
     assert [evaluation.step for evaluation in evaluations] == [4, 6]
-    assert evaluations[0].train_loss == pytest.approx((3 * readings[0].loss + readings[1].loss) / 4)
-    assert evaluations[1].train_loss == pytest.approx(readings[2].loss)
+    assert evaluations[0].train_loss == pytest.approx((3 * entries[0].loss + entries[1].loss) / 4)
+    assert evaluations[1].train_loss == pytest.approx(entries[2].loss)
     assert [len(evaluation.samples) for evaluation in evaluations] == [1, 1] and len(recorder.events[-2][2]) == 2
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -88,6 +89,13 @@ def test_metrics_rows_by_hand(tmp_path):
     metrics.evaluated(EVALUATION)
     lines = (tmp_path / "metrics.csv").read_bytes().decode().split("\n")
     assert lines == [",".join(COLUMNS), f"20,0.1,2.0,1.5,{math.exp(1.5)},1234.5,3.0", ""]
+
+
+def test_a_column_that_no_evaluation_has_is_an_error(tmp_path, monkeypatch):
+    """A column whose field in Evaluation was forgotten must not become empty cells."""
+    monkeypatch.setattr(metrics_csv, "COLUMNS", [*COLUMNS, "forgotten"])
+    with pytest.raises(KeyError, match="forgotten"):
+        MetricsFile(str(tmp_path), 0).evaluated(EVALUATION)
 
 
 def test_rows_after_the_checkpoint_and_damaged_rows_are_dropped(tmp_path):

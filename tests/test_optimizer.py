@@ -63,7 +63,7 @@ def newton_schulz(matrices, size, steps):
 
 
 def test_muon_is_torchs(monkeypatch):
-    """Ten steps on matrices wide, tall and square, beside torch.optim.Muon, which takes them one by one.
+    """Ten steps on matrices wide, tall and square, compared with torch.optim.Muon, which updates them one by one.
 
     Both with torch's iteration, five steps in bfloat16 from the usual norm, so that all else is compared.
     """
@@ -131,7 +131,7 @@ def test_a_gradient_that_vanishes_stays_small():
 
 
 def test_orthogonalized_singular_values_are_near_one():
-    """Four steps from the nearer bound beside five from the usual norm, on a gradient's falling spectrum."""
+    """Four steps from the nearer bound, compared with five from the usual norm, on a gradient's falling spectrum."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, 128, generator=generator))[0] for n in (128, 512))
     spectrum = torch.logspace(0, -1.5, 128)  # a factor of 30

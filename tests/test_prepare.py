@@ -58,7 +58,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["shakespere_char"], "did you mean shakespeare_char"),
         (["xyzzy"], "the known ones are shakespeare_char, names, names32k"),
         (["TEXT"], "is not a known corpus.*--input=.*text.txt --dataset="),
-        (["names", "names32k"], "one corpus at a time"),
+        (["names", "names32k"], "give one corpus, not 2"),
         (["--input=TEXT"], "no name given for the dataset.*--dataset=mine"),
         (["--dataset=mine"], "--dataset=mine: no --input given; add --input=FILE"),
         (["--dataset=names32k"], "`python prepare.py names32k`"),
@@ -71,7 +71,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["--input=TEXT", "--dataset=mine", "--tokenizer=bpe"], "tokenizer is one of char, byte"),
         (["--input=TEXT", "--dataset=mine", "--splits=3"], "no option splits"),
         *(
-            (["--input=TEXT", f"--dataset={name}"], "a folder's name")
+            (["--input=TEXT", f"--dataset={name}"], "begin it with a letter")
             for name in ["a/b", "..", "a\\b", "-x", ".x", " "]
         ),
     ],

@@ -127,7 +127,7 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
         ([*flags(), "--device=tpu"], "--device=tpu"),
         ([*flags(), "--dtype=float16"], "--dtype=float16"),
     ]
-    # One process for all of them, through the same door as the command line.
+    # One process for all of them. `run` is what the command line calls too.
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
         "import train\nfrom quill.cli import run\n"
@@ -146,7 +146,7 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
 
 @pytest.mark.parametrize("limit", [9000, 60])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit):
-    """A file-size limit stands in for the disk: the second save fails in the middle, or the second row before it."""
+    """A limit of the file size is used as a full disk: the second save fails halfway, or the second row before it."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'train.py'\n"
         "import resource, signal, train\nfrom quill.cli import run\n"

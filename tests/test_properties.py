@@ -136,7 +136,7 @@ def test_text_comes_back_at_once_and_in_pieces(text, sizes):
     for tokenizer in all_kinds(text):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert in_pieces(tokenizer.stream(), ids.tolist(), sizes) == text
+        assert in_pieces(tokenizer.decoder(), ids.tolist(), sizes) == text
         assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
         assert from_json(json.loads(json.dumps(tokenizer.to_json()))) == tokenizer
 
@@ -145,7 +145,7 @@ def test_text_comes_back_at_once_and_in_pieces(text, sizes):
 @given(st.lists(st.integers(0, 256)), st.lists(st.integers(0, 3)), st.sampled_from(["replace", "surrogateescape"]))
 def test_any_bytes_decode_in_pieces_as_at_once(ids, sizes, errors):
     tokenizer = ByteTokenizer(is_documents=True)
-    assert in_pieces(tokenizer.stream(errors), ids, sizes) == tokenizer.decode(ids, errors)
+    assert in_pieces(tokenizer.decoder(errors), ids, sizes) == tokenizer.decode(ids, errors)
 
 
 # ---------------------------------------------------------------- rows

@@ -1,5 +1,6 @@
-"""The commands of README, the tour and CONTRIBUTING run as written, and so does every config: two steps each."""
+"""The commands and names of README, the tour and CONTRIBUTING are right, and every config trains two steps."""
 
+import ast
 import os
 import re
 import shlex
@@ -136,6 +137,74 @@ def test_inline_commands_name_what_exists():
             assert flags <= known or words[0] == "pip", f"{page}: {command}"
             checked += 1
     assert checked >= 20
+
+
+NOT_NAMES = {"u", "q", "R", "E", "ROM"}  # characters of a text, which the tour quotes
+EXAMPLES = {"config.your_option", "config/your_run.py"}  # what a contributor would add
+
+
+class Names:
+    """What the Python files of the repository define, but for this one, which has names that do not exist."""
+
+    def __init__(self):
+        folders = ("quill", "bench", "config", "docs", "tests")
+        self.files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+        self.files.remove(Path(__file__))
+        self.text, self.names, self.strings, self.members = "", set(), set(), {}
+        for path in self.files:
+            text = path.read_text(encoding="utf-8")
+            self.text += text
+            for node in ast.walk(ast.parse(text)):
+                self.names |= defined_by(node)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    self.strings.add(node.value)
+                if isinstance(node, ast.ClassDef):
+                    members = set().union(*map(defined_by, ast.walk(node)))
+                    self.members.setdefault(node.name, set()).update(members - {node.name})
+
+    def has(self, name):
+        """Whether `name` is a file, a name, a member of a class, or a string of the source."""
+        if "/" in name or name.endswith((".py", ".md", ".txt", ".csv")):
+            found = (ROOT / name).exists() or any(path.as_posix().endswith(f"/{name}") for path in self.files)
+            return found or name in self.strings
+        owner, dot, member = name.rpartition(".")
+        if owner in self.members:
+            return member in self.members[owner]
+        if dot:  # such as F.cross_entropy
+            return re.search(rf"\b{re.escape(name)}\b", self.text) is not None
+        return name in self.names | self.strings
+
+
+def defined_by(node):
+    """The names that a node of a syntax tree defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.arg):
+        return {node.arg}
+    if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+        return {node.id if isinstance(node, ast.Name) else node.attr}
+    return set()
+
+
+def names_in(page):
+    """The texts between backquotes that look like a path or a name. `n_layer = 0` is n_layer."""
+    text = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
+    quoted = {re.split(r" ?= ?", quoted)[0] for quoted in re.findall(r"`([^`]+)`", text)}
+    return {name for name in quoted if re.fullmatch(r"[\w./]*\w/?", name)} - NOT_NAMES - EXAMPLES
+
+
+@pytest.mark.parametrize("page, count", [("docs/tour.md", 30), ("CONTRIBUTING.md", 50)])
+def test_names_in_a_page_exist(page, count):
+    known, names = Names(), names_in(page)
+    assert len(names) >= count
+    assert sorted(name for name in names if not known.has(name)) == []
+
+
+def test_a_name_that_does_not_exist_is_found():
+    known = Names()
+    wrong = ["GPT.forwards", "F.cross_entropies", "quill/nothing.py", "nothing.py", "no_such_name", "ModelConfig.seed"]
+    assert not any(map(known.has, wrong))
+    assert all(map(known.has, ["GPT.forward", "F.cross_entropy", "observer.py", "wte", "ModelConfig.norm", "bench/"]))
 
 
 def test_links_between_pages():

@@ -200,7 +200,7 @@ def test_without_it_nothing_of_it_is_imported(flags):
 
 
 def test_a_resumed_run_has_every_point_once(flags, tmp_path, monkeypatch, next_second):
-    """After points behind the checkpoint, which a crash has left; and with an option that the resume has changed."""
+    """A crash has left points after the checkpoint, and the resume changes an option."""
     step = train.train_step
 
     def dies(state, *args):

@@ -303,7 +303,7 @@ def foreign_id(folder):
         (change_bin(lambda data: data + data), "val.bin: has 608 bytes"),
         (change_bin(lambda data: b""), "val.bin: has 0 bytes"),
         (change_bin(lambda data: data[2:] + data[:2]), "val.bin: its SHA-256"),
-        (foreign_id, "val.bin: holds the id 255, but the vocabulary in meta.json has"),
+        (foreign_id, "val.bin: has the id 255, but the vocabulary in meta.json has"),
         (lambda folder: (folder / "meta.json").write_bytes(b'{"format": 1'), "meta.json: damaged"),
         (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xff"), "meta.json: damaged"),
         (lambda folder: (folder / "meta.json").write_bytes(b"[" * 100_000), "meta.json: damaged"),

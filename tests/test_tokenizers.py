@@ -56,7 +56,7 @@ def test_a_stream_gives_the_same_text_in_whole_characters():
     text = "".join(TEXTS)
     rng = random.Random(0)
     for tokenizer in all_kinds(text):
-        ids, decode, pieces = tokenizer.encode(text).tolist(), tokenizer.stream(), []
+        ids, decode, pieces = tokenizer.encode(text).tolist(), tokenizer.decoder(), []
         while ids:
             count = rng.randint(1, 3)
             pieces.append(decode(ids[:count]))
@@ -69,7 +69,7 @@ def test_bytes_that_are_not_utf8_become_replacement_characters():
     tokenizer = ByteTokenizer()
     assert tokenizer.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
     assert tokenizer.decode([0x61, 0xC3]) == "a\ufffd"
-    assert (decode := tokenizer.stream())([0x61, 0xC3]) == "a"
+    assert (decode := tokenizer.decoder())([0x61, 0xC3]) == "a"
     assert decode([0x9F]) == "ß"
 
 

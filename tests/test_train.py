@@ -168,7 +168,7 @@ def test_auto_starts_and_then_resumes(flags, tmp_path):
 
 
 def test_options_on_resume(flags, tmp_path):
-    """The run's own options hold; what is given again overrides; a config file does not undo an earlier flag."""
+    """A resumed run has its own options. Those given again override them; a config file does not override a flag."""
     file = tmp_path / "run.py"
     names = [flag.removeprefix("--").partition("=") for flag in flags()]
     file.write_text("".join(f"{key} = {value!r}\n" for key, _, value in names), encoding="utf-8")
@@ -403,7 +403,7 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
     with pytest.raises(UserError, match="float16"):
         state.read_losses()
     monkeypatch.setattr(train, "pick_machine", lambda *args: machine)
-    with pytest.raises(UserError, match="--optimizer=muon: not in float16"):
+    with pytest.raises(UserError, match="--optimizer=muon does not work with float16"):
         train.main(flags(optimizer="muon"))
 
 
@@ -486,7 +486,7 @@ def test_a_checkpoint_older_than_an_option_has_its_default(flags, tmp_path):
     "options, words",
     [
         ({"dry_run": True, "n_embd": 10**10, "n_head": 1, "mlp_ratio": 0}, "is out of memory"),
-        ({"dry_run": True, "mlp_ratio": 1e200}, "--mlp_ratio=1e\\+200 of --n_embd=16 is too wide"),
+        ({"dry_run": True, "mlp_ratio": 1e200}, "--mlp_ratio=1e\\+200 × --n_embd=16 makes the MLP too wide"),
         ({"batch_size": 10**12}, "is out of memory"),
         ({"gradient_accumulation_steps": 10**23}, "--gradient_accumulation_steps=1000.*: must be a finite number"),
     ],

@@ -6,7 +6,7 @@ As in its sample.py, a GPU computes in half precision by autocast and a CPU in f
 import contextlib
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import json
 import sys

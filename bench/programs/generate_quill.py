@@ -1,7 +1,7 @@
 """Generate with quill's model and random weights, as sample.py does. Prints tokens per second."""
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import json
 import sys

@@ -4,7 +4,7 @@ Prints the loss of each step.
 """
 
 if __name__ == "__main__":
-    import quill.start  # noqa: F401 - first: see there
+    import quill.start  # noqa: F401 - must be the first import
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""How the programs that generate text measure their speed."""
+"""Measure the speed of generation, in the same way for each program."""
 
 import time
 from collections.abc import Callable

@@ -3,10 +3,10 @@
 A batch is `(x, y)`, both (B, T) int64. `y` is `x` shifted by one, and -1 where nothing is predicted.
 
 A *row* is the piece of a token file that fills one row of a batch. It is given by its start and by its length, the
-number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset that each epoch
-chooses; over the epochs the offset takes every possible value, so that every token is predicted. A document fills a row
-by itself, or several rows if it is longer than block_size; two documents never share one.
-Every row is used once per epoch, in an order that each epoch draws anew.
+number of tokens that it predicts. A stream is cut into rows of block_size tokens, from an offset that depends on the
+epoch. Over the epochs the offset takes every possible value, so that every token is predicted. A document fills a row
+by itself, or several rows if it is longer than block_size; two documents never share a row. Every row is used once per
+epoch, in a random order that differs from epoch to epoch.
 
 Shapes: N tokens in a file, R rows, B rows in a batch, T = block_size.
 """
@@ -23,7 +23,7 @@ import torch
 Rows = tuple[np.ndarray, np.ndarray]  # starts and lengths, (R,) each
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x and y, (B, T) each, and the number of tokens that they predict
 
-DATA_ORDER = 2  # of new runs. 1 (quill 0.1): a stream's last tokens were out of reach of every offset
+DATA_ORDER = 2  # of new runs. With 1 (quill 0.1), no offset reached a stream's last tokens
 
 ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
@@ -31,18 +31,18 @@ GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
 
 
 def derive_seed(*parts: str | int) -> int:
-    """A 63-bit seed for one purpose, such as ("order", seed, epoch). It is the same on every machine and version."""
+    """Return a 63-bit seed for one purpose, such as ("order", seed, epoch), the same on every machine and version."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def stream_rows(n_tokens: int, block_size: int) -> Rows:
+def cut_stream(n_tokens: int, block_size: int) -> Rows:
     """Cut a stream into windows that do not overlap, in order. The last window may be shorter than block_size."""
     starts = np.arange(0, n_tokens - 1, block_size)
     return starts, np.minimum(block_size, n_tokens - 1 - starts)
 
 
-def document_rows(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
+def cut_documents(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
     """Cut `tokens` (N,) into rows that hold one document each, in order.
 
     `BOS a b c` predicts 4 tokens: a, b, c and the BOS that ends it. A document that predicts more than block_size
@@ -57,10 +57,10 @@ def document_rows(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
 
 
 def stream_offset(seed: int, epoch: int, slack: int, block_size: int, data_order: int) -> int:
-    """The offset from which `epoch` cuts a stream, 0 ≤ offset ≤ slack. slack: the tokens that an epoch leaves out.
+    """Return the offset from which `epoch` cuts a stream, 0 ≤ offset ≤ slack.
 
-    It moves by nearly the golden section of its range. So it takes each value once in slack + 1 epochs, and after a few
-    epochs no gap in the range is large.
+    slack: the number of tokens that an epoch leaves out. From epoch to epoch, the offset moves by about 0.618 of its
+    range. So it takes each value once in slack + 1 epochs, and a few epochs already spread over the whole range.
     """
     if data_order == 1:
         return derive_seed("phase", seed, epoch) % (min(slack, block_size - 1) + 1)
@@ -97,8 +97,8 @@ class Batches:
             bos: the id that starts a document; None for a stream, which must have more than block_size tokens.
             block_size: T, the length of a row in a batch.
             rows: rows in the global batch of a step, over all ranks; a multiple of world_size.
-            micro_rows: most rows in a micro-batch.
-            seed: the run's seed, from which the epochs' orders and offsets derive.
+            micro_rows: maximum number of rows in a micro-batch.
+            seed: the run's seed, from which the order and the offset of each epoch are derived.
             device: where batches are put.
             rank: which rank this is, from 0.
             world_size: the number of ranks.
@@ -111,11 +111,11 @@ class Batches:
         self.n_tokens = len(tokens)
         self.id_mask = np.iinfo(tokens.dtype).max
         if bos is None:
-            # So few windows that the offset can be anything from 0 to block_size - 1: then no token is always at the
-            # edge of a window.
+            # With so few windows, the offset can be any number from 0 to block_size - 1. So no token is at the edge of
+            # a window in every epoch.
             self.rows_per_epoch = max(1, (self.n_tokens - block_size) // block_size)
         else:
-            self.document_rows = document_rows(tokens, bos, block_size)
+            self.document_rows = cut_documents(tokens, bos, block_size)
             self.rows_per_epoch = len(self.document_rows[0])
         # torch can index signed integers only, so ids of the upper half are negative until `id_mask` is applied.
         signed = tokens.view(np.int16 if tokens.dtype.itemsize == 2 else np.int32)
@@ -127,7 +127,7 @@ class Batches:
         self.prefetched: tuple[int, Future[tuple[int, list[Batch]]]] | None = None  # step and its batch
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch's rows: a permutation (rows_per_epoch,).
+        """Return the order of an epoch's rows: a permutation (rows_per_epoch,).
 
         It sorts raw Philox words, because numpy may change the algorithm of Generator.permutation between versions.
         """
@@ -135,7 +135,7 @@ class Batches:
         return np.argsort(words, kind="stable")
 
     def step_rows(self, step: int) -> Rows:
-        """The rows of a step's global batch, on all ranks: starts and lengths, (rows,) each."""
+        """Return the rows of a step's global batch, on all ranks: starts and lengths, (rows,) each."""
         nth = step * self.rows + np.arange(self.rows)  # counted from the start of the run, over all epochs
         epochs, places = np.divmod(nth, self.rows_per_epoch)
         starts, lengths = np.empty_like(nth), np.full_like(nth, self.block_size)
@@ -175,8 +175,8 @@ class Batches:
         return total, [self.gather(starts[i : i + self.micro_rows], lengths[i : i + self.micro_rows]) for i in cuts]
 
     def validation_rows(self) -> Rows:
-        """The rows of the whole split, in order: every token but the first of a stream is predicted once."""
-        return stream_rows(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
+        """Return the rows of the whole split, in order: every token but the first of a stream is predicted once."""
+        return cut_stream(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
 
     def validation(self, max_rows: int | None = None) -> Iterator[Batch]:
         """Yield this rank's share of the split's batches (x, y, tokens predicted), in order.

@@ -23,7 +23,7 @@ class Splits:
 
 
 def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_ORDER) -> Splits:
-    """Prepare the dataset if it is a known corpus, and open it. A UserError if it does not fit the options."""
+    """Prepare the dataset if it is a known corpus, and open it. Raise a UserError if it does not fit the options."""
     group = machine.group
     group.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
     dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
@@ -48,7 +48,7 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
 
 
 def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
-    """Say so if --eval_iters leaves out a part of the validation split."""
+    """Print a note if --eval_iters leaves out a part of the validation split."""
     _, lengths = batches.validation_rows()
     rows = config.eval_iters * config.batch_size
     if 0 < rows < len(lengths):

@@ -4,8 +4,8 @@ The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothin
 meta.json describes them and holds their SHA-256. The same text always gives the same bytes.
 
 A stream is split once: the first nine tenths of its tokens are for training. Of documents, one per line, about a tenth
-are for validation. The checksum of its text decides on which side a document is, so equal documents are on the same
-side. Blank lines are not documents.
+are for validation. The checksum of its text decides in which split a document is, so equal documents are in the same
+split. Blank lines are not documents.
 
 How a text is tokenized is left to tokenizers.py, and where the known corpora are found to corpora.py.
 """
@@ -87,7 +87,7 @@ def prepare_corpus(corpus: Corpus, data_dir: str | Path = "data", input: str = "
 def prepare(
     source: str | Path, out: str | Path, tokenizer: str = "char", is_documents: bool = False, name: str = ""
 ) -> dict[str, Any]:
-    """Write the UTF-8 text file `source` as token files in the folder `out`, replacing those that it holds.
+    """Write the UTF-8 text file `source` as token files in the folder `out`, replacing older ones.
 
     The text is read twice: first for its vocabulary and length, then to encode it.
 
@@ -114,7 +114,7 @@ def prepare(
         dtype = np.dtype("<u2" if scan.tokenizer.vocab_size <= 65_535 else "<u4")
         files = replacing(out / "train.bin", out / "val.bin", out / "meta.json")
         with folder_lock(out, wait=True), files as (train, val, meta):
-            splits = {"train": TokenFile(train, dtype), "val": TokenFile(val, dtype)}
+            splits = {"train": TokenFileWriter(train, dtype), "val": TokenFileWriter(val, dtype)}
             for train_ids, val_ids in encode_splits(text, scan, again):
                 splits["train"].write(train_ids)
                 splits["val"].write(val_ids)
@@ -134,11 +134,11 @@ def prepare(
 
 @dataclass(frozen=True)
 class Scan:
-    """What the first reading of a text finds out."""
+    """What `scan_text` finds out about a text."""
 
     tokenizer: Tokenizer
     tokens: int  # without BOS
-    moved: str | None  # the document that changes sides because a split would be empty otherwise
+    moved: str | None  # the document that is moved to the other split, because that split would be empty
 
 
 def scan_text(text: TextFile, kind: str, digest: Digest) -> Scan:
@@ -164,9 +164,9 @@ def scan_text(text: TextFile, kind: str, digest: Digest) -> Scan:
     if tokens == 0:
         raise UserError(f"{text.path}: there is no text in it")
     if text.is_documents and len(set(ends)) == 1:
-        raise UserError(f"{text.path}: holds one distinct document, but train and val need two that differ")
+        raise UserError(f"{text.path}: has one distinct document, but train and val need two that differ")
     if tokens == 1:
-        raise UserError(f"{text.path}: holds one token, but train and val need at least one each")
+        raise UserError(f"{text.path}: has one token, but train and val need at least one each")
     chars = map(chr, np.flatnonzero(known))
     tokenizer = CharTokenizer(chars, text.is_documents) if kind == "char" else ByteTokenizer(text.is_documents)
     return Scan(tokenizer, tokens, ends[1] if len(sides) == 1 else None)
@@ -187,7 +187,7 @@ def encode_splits(text: TextFile, scan: Scan, digest: Digest) -> Iterator[tuple[
 
 
 def in_val(documents: list[str], moved: str | None = None) -> np.ndarray:
-    """Which of `documents` are for validation, (len(documents),) bool. `moved`, if any, is on the other side."""
+    """Return which of `documents` are for validation, (len(documents),) bool. `moved`, if any, changes its split."""
     sums = np.fromiter(map(zlib.crc32, map(str.encode, documents)), np.uint32, len(documents))
     return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
 
@@ -201,7 +201,7 @@ class TextFile:
     """A UTF-8 text file, read in pieces. Line ends of every kind become newlines; a byte-order mark is dropped."""
 
     def __init__(self, path: Path, is_documents: bool, bar: tqdm) -> None:
-        """bar: the progress bar that is told of the bytes read."""
+        """bar: the progress bar to update with the number of bytes read."""
         self.path, self.is_documents, self.bar = path, is_documents, bar
 
     def pieces(self, digest: Digest) -> Iterator[str | list[str]]:
@@ -250,7 +250,7 @@ class TextFile:
             raise UserError(f"{self.path}: can't be read: {error.strerror}") from None
 
     def line_number(self, at: int) -> int:
-        """The number of the line that holds byte `at`, from 1."""
+        """Return the number of the line with byte `at`, from 1."""
         newlines, line = io.IncrementalNewlineDecoder(None, translate=True), 1
         with open(self.path, "rb") as file:
             for start in range(0, at, CHUNK):
@@ -258,7 +258,7 @@ class TextFile:
         return line + newlines.decode("", True).count("\n")
 
 
-class TokenFile:
+class TokenFileWriter:
     """A .bin file that is being written."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
@@ -273,7 +273,7 @@ class TokenFile:
         self.tokens += len(ids)
 
     def describe(self) -> dict[str, Any]:
-        """The split's entry in meta.json."""
+        """Return the split's entry in meta.json."""
         return {"tokens": self.tokens, "sha256": self.digest.hexdigest()}
 
 
@@ -319,7 +319,7 @@ def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
 
 
 def open_split(path: Path, dtype: np.dtype, tokens: int, sha256: str, vocab_size: int) -> np.memmap:
-    """Memory-map a .bin file, (tokens,). A UserError says how it differs from what meta.json says of it."""
+    """Memory-map a .bin file, (tokens,). Raise a UserError if it differs from what meta.json says about it."""
     size = path.stat().st_size
     if size == 0 or size != tokens * dtype.itemsize:
         raise UserError(f"has {size:,} bytes, but meta.json says {tokens:,} tokens of {dtype.itemsize} bytes")
@@ -328,5 +328,5 @@ def open_split(path: Path, dtype: np.dtype, tokens: int, sha256: str, vocab_size
         if hashlib.sha256(ids.data).hexdigest() != sha256:
             raise UserError("its SHA-256 is not the one in meta.json")
         if (largest := ids.max()) >= vocab_size:
-            raise UserError(f"holds the id {largest}, but the vocabulary in meta.json has {vocab_size}")
+            raise UserError(f"has the id {largest}, but the vocabulary in meta.json has {vocab_size}")
     return ids

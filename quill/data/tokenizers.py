@@ -17,7 +17,7 @@ from quill.errors import UserError
 
 
 class Tokenizer:
-    """Base class. A subclass sets `kind` and `size`, and implements `encode` and `stream`.
+    """Base class. A subclass sets `kind` and `size`, and implements `encode` and `decoder`.
 
     kind: its name in --tokenizer and in JSON.
     size: the number of ids, without BOS.
@@ -41,14 +41,14 @@ class Tokenizer:
         return self.size if self.is_documents else None
 
     def encode(self, text: str) -> np.ndarray:
-        """Encode `text` to its ids (T,), int64. A UserError names the characters that the vocabulary lacks."""
+        """Encode `text` to its ids (T,), int64. Raise a UserError if the vocabulary lacks a character."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int] | np.ndarray, errors: str = "replace") -> str:
         """Decode `ids` to text, with a newline for BOS. errors: as in `bytes.decode`."""
-        return self.stream(errors)(ids, final=True)
+        return self.decoder(errors)(ids, final=True)
 
-    def stream(self, errors: str = "replace") -> Callable[..., str]:
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return a function `decode(ids, final=False) -> str` for ids that arrive a few at a time.
 
         It returns whole characters only: the bytes of an unfinished one are kept for the next call. With final=True
@@ -66,15 +66,15 @@ class Tokenizer:
         return self.encode(text or self.newline())
 
     def newline(self) -> str:
-        """The text that an empty prompt of a stream is replaced by."""
+        """Return the text that replaces an empty prompt of a stream."""
         return "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """The description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
+        """Return the description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
         return {"kind": self.kind, "documents": self.is_documents}
 
     def __eq__(self, other: object) -> bool:
-        """Whether both give the same ids to every text."""
+        """Return whether both encode every text to the same ids."""
         return isinstance(other, Tokenizer) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
@@ -105,7 +105,7 @@ class CharTokenizer(Tokenizer):
             raise unknown(chr(code) for code in np.unique(codes[ids < 0]))
         return ids
 
-    def stream(self, errors: str = "replace") -> Callable[..., str]:
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function. Every id is a whole character, so it keeps nothing between calls."""
 
         def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
@@ -114,11 +114,11 @@ class CharTokenizer(Tokenizer):
         return decode
 
     def newline(self) -> str:
-        """A newline, or the first character of a vocabulary without one."""
+        """Return a newline, or the first character of a vocabulary without one."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
     def to_json(self) -> dict[str, Any]:
-        """The description, with the characters in the order of their ids."""
+        """Return the description, with the characters in the order of their ids."""
         return super().to_json() | {"chars": self.chars}
 
 
@@ -136,7 +136,7 @@ class ByteTokenizer(Tokenizer):
             raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
         return np.where(ids == ord("\n"), self.size, ids) if self.is_documents else ids
 
-    def stream(self, errors: str = "replace") -> Callable[..., str]:
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function, which keeps the bytes of an unfinished character between calls."""
         utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
@@ -151,7 +151,7 @@ KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (CharTokenizer,
 
 
 def from_json(values: Any) -> Tokenizer:
-    """Make the tokenizer that `Tokenizer.to_json` described. A UserError if `values` is not such a description."""
+    """Make the tokenizer that `Tokenizer.to_json` described. Raise a UserError if `values` is not one."""
     values = values if isinstance(values, dict) else {}
     kind, is_documents, chars = (values.get(key) for key in ("kind", "documents", "chars"))
     if not isinstance(kind, str) or kind not in KINDS:
@@ -166,7 +166,7 @@ def from_json(values: Any) -> Tokenizer:
 
 
 def code_points(text: str) -> np.ndarray:
-    """The code points of `text`, (T,) uint32. Half of a surrogate pair is a code point too."""
+    """Return the code points of `text`, (T,) uint32. Half of a surrogate pair is a code point too."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 

@@ -1,7 +1,7 @@
-"""What people see of a run. Observers change nothing in it: a run with them equals a run without, bit for bit.
+"""The output of a run: console, metrics.csv, TensorBoard. Observers do not affect training.
 
-The training loop tells `Observers`, which measures the speed and tells each observer in turn: metrics.csv, the console
-and, if --tensorboard=True, TensorBoard. On ranks other than 0 the list is empty.
+The training loop calls `Observers`, which measures the speed and calls each observer in turn: metrics.csv, the console
+and, with --tensorboard=True, TensorBoard. On ranks other than 0 there are no observers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from quill.generation import draw_samples
 from quill.machine import Machine
 from quill.observers.console import Console
 from quill.observers.metrics_csv import MetricsFile
-from quill.observers.observer import Evaluation, Observer, Reading
+from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.observers.tensorboard import TensorBoard
 from quill.optimizer import learning_rate
 from quill.state import TrainState
 
 
 class Observers:
-    """All observers of a run. A `with` closes them at its end, also after an error."""
+    """All observers of a run. A `with` block closes them when it ends, also after an error."""
 
     def __init__(self, state: TrainState, val_batches: Batches, machine: Machine):
         self.state, self.config, self.machine = state, state.config, machine
@@ -30,7 +30,7 @@ class Observers:
         self.console = None
         if machine.group.rank == 0:
             step, config = state.progress.step, self.config
-            # First, because it may fail, and nothing else must have changed then.
+            # TensorBoard is first, because it may fail: then metrics.csv must not have changed.
             board = [TensorBoard(state, val_batches)] if config.tensorboard else []
             self.console = Console(config, step, machine, state.model.flops_per_token())
             self.observers = [MetricsFile(config.out_dir, step), self.console, *board]
@@ -54,23 +54,23 @@ class Observers:
 
     @property
     def tokens_per_s(self) -> float:
-        """Speed of training since the last evaluation; evaluations are left out."""
+        """The speed of training since the last evaluation, without the time of evaluations."""
         return self.tokens / max(self.busy, 1e-9)
 
     def stepped(self, tokens: int, seconds: float) -> None:
-        """Tell of a training step: the tokens of its global batch, and the seconds that it took."""
+        """Report a training step: the number of tokens in its global batch, and the seconds that it took."""
         self.tokens += tokens
         self.busy += seconds
         self.tell("stepped")
 
-    def read(self, losses: list[float], norms: list[float]) -> None:
-        """Tell of the losses and gradient norms of the steps since the last reading."""
+    def log(self, losses: list[float], norms: list[float]) -> None:
+        """Report the losses and gradient norms of the steps since the last log entry."""
         step = self.state.progress.step
         loss, norm = math.fsum(losses) / len(losses), math.fsum(norms) / len(norms)
-        self.tell("read", Reading(step, loss, norm, learning_rate(step - 1, self.config), self.tokens_per_s))
+        self.tell("logged", LogEntry(step, loss, norm, learning_rate(step - 1, self.config), self.tokens_per_s))
 
     def evaluated(self, val_loss: float) -> None:
-        """Tell of an evaluation. On rank 0, draw the samples that its observers show."""
+        """Report an evaluation, with the samples that observers show. Only rank 0 calls this."""
         progress = self.state.progress
         evaluation = Evaluation(
             step=progress.step,
@@ -85,7 +85,7 @@ class Observers:
         self.tell("evaluated", evaluation)
 
     def finished(self) -> None:
-        """Tell of the run's end."""
+        """Report the end of the run."""
         if self.observers:
             self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
 

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: a progress bar, or plain lines where there is no terminal."""
+"""The output of a run in a terminal: a progress bar and lines, or lines only if there is no terminal."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from quill.cli import drop_output
 from quill.machine import Machine
-from quill.observers.observer import Evaluation, Observer, Reading
+from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.options import TrainConfig
 
 
@@ -43,18 +43,18 @@ class Console(Observer):
         """Move the bar."""
         self.bar.update()
 
-    def read(self, reading: Reading) -> None:
+    def logged(self, entry: LogEntry) -> None:
         """Show the loss, the learning rate and the speed."""
-        text = f"loss {reading.loss:.4f}"
+        text = f"loss {entry.loss:.4f}"
         if self.val_loss is not None:
             text += f", val {self.val_loss:.4f}"
-        text += f", lr {reading.lr:.2e}, {reading.tokens_per_s:,.0f} tokens/s"
+        text += f", lr {entry.lr:.2e}, {entry.tokens_per_s:,.0f} tokens/s"
         if self.machine.peak_flops:
-            used = reading.tokens_per_s * self.flops_per_token
+            used = entry.tokens_per_s * self.flops_per_token
             text += f", MFU {used / (self.machine.peak_flops * self.machine.group.world_size):.1%}"
         self.bar.set_postfix_str(text)
         if self.plain_lines:
-            self.say(f"step {reading.step}/{self.config.max_iters}: {text}")
+            self.say(f"step {entry.step}/{self.config.max_iters}: {text}")
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the losses, and config.eval_samples samples."""

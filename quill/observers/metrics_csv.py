@@ -15,14 +15,17 @@ COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tok
 
 
 class MetricsFile(Observer):
-    """The file metrics.csv in out_dir, from which rows later than `step` are dropped first."""
+    """The file metrics.csv in out_dir. When it is opened, rows after `step` are dropped."""
 
     def __init__(self, out_dir: str, step: int):
         self.path = Path(out_dir) / "metrics.csv"
         self._drop_rows_after(step)
 
     def _drop_rows_after(self, step):
-        """Drop rows later than the checkpoint, which will be rerun, and any row that a crash has truncated."""
+        """Drop rows after the checkpoint, because their steps will run again, and rows with a wrong number of columns.
+
+        A crash may have truncated a row. Rows from before a column was added to COLUMNS are dropped too.
+        """
         header, rows = ",".join(COLUMNS), []
         if self.path.exists():
             for row in self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
@@ -34,9 +37,8 @@ class MetricsFile(Observer):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Append a row."""
-        row: dict[str, Any] = {name: getattr(evaluation, name, None) for name in COLUMNS}
-        row["perplexity"] = perplexity(evaluation.val_loss)
-        row["seconds"] = round(evaluation.seconds, 3)
+        values: dict[str, Any] = vars(evaluation) | {"perplexity": perplexity(evaluation.val_loss)}
+        row = {name: values[name] for name in COLUMNS} | {"seconds": round(evaluation.seconds, 3)}
         try:
             descriptor = open_without_links(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with open(descriptor, "a", encoding="utf-8", newline="") as file:

@@ -1,11 +1,11 @@
-"""What an observer of a run is told, and when."""
+"""The events of a run, and the base class of the observers that receive them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The training steps since the reading before: means of their losses and gradient norms, and their speed."""
+class LogEntry:
+    """The training steps since the previous entry: means of their losses and gradient norms, and their speed."""
 
     step: int
     loss: float  # nats per token
@@ -16,13 +16,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation over the validation split, and the training since the one before."""
+    """An evaluation of the validation split, and the training since the previous evaluation."""
 
     step: int
     lr: float
-    train_loss: float  # the mean over every step since the evaluation before, nats per token
+    train_loss: float  # the mean over the steps since the previous evaluation, nats per token
     val_loss: float  # nats per token
-    tokens_per_s: float  # of training alone
+    tokens_per_s: float  # without the time of evaluations
     seconds: float  # since the run began, evaluations included
     samples: list[str]
 
@@ -33,14 +33,14 @@ class Observer:
     def stepped(self) -> None:
         """A training step has ended. The device may still be busy with it."""
 
-    def read(self, reading: Reading) -> None:
-        """The losses have been read, every config.log_interval steps."""
+    def logged(self, entry: LogEntry) -> None:
+        """The losses have been read: every config.log_interval steps, before evaluations, and after a stop signal."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The model has been evaluated. A checkpoint is written next."""
 
     def finished(self, best_val_loss: float, samples: list[str]) -> None:
-        """The run has ended, but for a signal."""
+        """The run has ended, and no signal stopped it."""
 
     def close(self) -> None:
         """Release files and the terminal, also after an error."""

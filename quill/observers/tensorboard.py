@@ -1,10 +1,10 @@
-"""What TensorBoard shows of a run: curves, samples, histograms, embedding, attention, hyperparameters.
+"""The output of a run in TensorBoard: curves, samples, histograms, embedding, attention, hyperparameters.
 
     python train.py config/names.py --tensorboard=True
     tensorboard --logdir=out
 
-No gradient, random number or weight of the training depends on it. The package `tensorboard` is imported only when a
-TensorBoard is made, so that a run without it needs no such package.
+It changes no gradient, random number or weight of the training. The package `tensorboard` is imported only when a
+TensorBoard is created, so that a run without it does not need the package.
 
 Shapes: T tokens in a sequence, C = n_embd, H = n_head, V = vocab_size.
 """
@@ -23,7 +23,7 @@ from model import GPT, attention_weights
 from quill.data.batches import Batches
 from quill.errors import UserError
 from quill.generation import eval_mode
-from quill.observers.observer import Evaluation, Observer, Reading
+from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.state import TrainState
 
 LONGEST_TEXT = 64  # tokens whose attention is drawn
@@ -40,30 +40,32 @@ class TensorBoard(Observer):
 
         self.config, self.progress, self.model = state.config, state.progress, state.model
         starts, lengths = val_batches.validation_rows()
-        longest = slice(lengths.argmax(), lengths.argmax() + 1)  # the first row of a stream, whose rows are all as long
+        longest = slice(
+            lengths.argmax(), lengths.argmax() + 1
+        )  # of a stream, whose rows have equal lengths, the first row
         x, _, tokens = val_batches.gather(starts[longest], lengths[longest])
         self.idx = x[:, : min(tokens, LONGEST_TEXT)]  # (1, T)
         self.text = state.tokenizer.decode(self.idx[0].tolist())
         self.gradients = {}
-        # After clipping, and before any gradient is dropped.
+        # This hook runs after clipping, and before the gradients are deleted.
         state.optimizers[0][0].register_step_pre_hook(self._keep_gradients)
 
         self.folder = Path(self.config.out_dir) / "tensorboard"
         options = {name: value for name, value in asdict(self.config).items() if value is not None}
         options = {name: str(value) if isinstance(value, bool) else value for name, value in options.items()}
-        # The experiment's summary is left out: TensorBoard then collects the columns of all runs, not of one.
+        # Without the experiment's summary, TensorBoard shows the columns of all runs, not of one run.
         _, start, self.end = hparams(options, {})
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()  # the writer's thread would fail with a traceback
             # TensorBoard keeps the first hyperparameters that it finds, but a resume may have changed them. Their
-            # file is written before the other, because TensorBoard reads a file that is not the last only once.
+            # file is written first, because TensorBoard reads every file but the last only once.
             for path in self.folder.glob("events.out.tfevents.*.hparams"):
                 path.unlink()
             with SummaryWriter(self.folder, filename_suffix=".hparams") as writer:
                 self._add_summary(writer, start, 0)
-            # Steps after the checkpoint will be rerun; purge_step drops their old points. TensorBoard ignores the first
-            # purge_step that it finds, so a fresh run writes one too.
+            # Steps after the checkpoint will run again; purge_step drops their old points. TensorBoard ignores the
+            # first purge_step that it finds, so a new run writes one too.
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1, flush_secs=10)
 
     @contextmanager
@@ -75,19 +77,19 @@ class TensorBoard(Observer):
 
     @torch.no_grad()
     def _keep_gradients(self, optimizer, args, kwargs):
-        """Copy the gradients of a step that an evaluation follows; training drops its own after the step."""
+        """Copy the gradients if an evaluation follows the step. Training deletes its gradients after the step."""
         if self.config.evaluates_after(self.progress.step + 1):
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             # float16's scaler lets gradients overflow now and then: they have no histogram.
             self.gradients = {name: g.to("cpu", copy=True) for name, g in gradients.items() if g.isfinite().all()}
 
-    def read(self, reading: Reading) -> None:
+    def logged(self, entry: LogEntry) -> None:
         """Add one point to each curve. TensorBoard sorts by name, so the losses are first."""
-        values = {"loss/train": reading.loss, "optimizer/lr": reading.lr}
-        values |= {"optimizer/gradient_norm": reading.gradient_norm, "performance/tokens_per_s": reading.tokens_per_s}
+        values = {"loss/train": entry.loss, "optimizer/lr": entry.lr}
+        values |= {"optimizer/gradient_norm": entry.gradient_norm, "performance/tokens_per_s": entry.tokens_per_s}
         with suppress(OSError):  # ignored here: `evaluated` writes too, and reports the error on all ranks
             for tag, value in values.items():
-                self.writer.add_scalar(tag, value, reading.step)
+                self.writer.add_scalar(tag, value, entry.step)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Write everything that an evaluation shows; it is on the disk when this returns, before the checkpoint is."""
@@ -105,7 +107,7 @@ class TensorBoard(Observer):
             writer.add_text("self_attention", as_code(self.text), step)
             for layer, maps in enumerate(attention_maps(self.model, self.idx)):
                 for head, weights in enumerate(maps.cpu()):
-                    # √, because most weights are near 1/T and would all be black beside the first token's, which is 1.
+                    # √, because most weights are near 1/T and would look black next to the first token's, which is 1.
                     writer.add_image(f"self_attention/layer_{layer}_head_{head}", enlarged(weights.sqrt()[None]), step)
             writer.flush()
 
@@ -123,7 +125,7 @@ class TensorBoard(Observer):
 
 @torch.no_grad()
 def attention_maps(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
-    """Each layer's attention weights on `idx` (1, T), in float32. → [(H, T, T)], rows are queries"""
+    """Return each layer's attention weights on `idx` (1, T), in float32. → [(H, T, T)], rows are queries"""
     maps = []
 
     def keep(layer, args):
