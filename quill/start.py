@@ -56,4 +56,5 @@ def choose_waiting(environment: "os._Environ[str]") -> None:
 
 
 open_closed_streams()
-choose_waiting(os.environ)
+if os.path.basename(sys.argv[0]) != "prepare.py":  # which starts without torch, and fast
+    choose_waiting(os.environ)

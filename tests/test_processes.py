@@ -80,7 +80,8 @@ def test_an_error_on_one_rank_ends_all_with_its_line(flags, tmp_path):
     """Rank 1 alone can't read the data; rank 0 would wait for it for ever."""
     script = tmp_path / "broken.py"
     script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, quill.data.splits\nfrom quill.cli import run\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, quill.data.splits\n"
+        "from quill.cli import run\n"
         "from quill.errors import UserError\n"
         "def broken(*args):\n    raise UserError('rank 1 has no disk')\n"
         "if os.environ['RANK'] == '1':\n    quill.data.splits.open_dataset = broken\n"
