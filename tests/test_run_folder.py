@@ -47,7 +47,7 @@ def test_a_fresh_run_replaces_nothing_of_another(flags, tmp_path, file):
         assert file != "ckpt.pt" or path.read_text(encoding="utf-8") == "precious"
 
 
-@pytest.mark.parametrize("init_from", ["scratch", "auto"])
+@pytest.mark.parametrize("init_from", ["auto", pytest.param("scratch", marks=pytest.mark.slow)])
 def test_a_run_killed_before_its_first_save_starts_again(flags, tmp_path, init_from):
     options = {"max_iters": 100_000, "eval_interval": 100_000, "init_from": init_from, "tensorboard": True}
     process = start(flags(**options))

@@ -21,7 +21,10 @@ def shell(command):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="asks Linux whether torch is being loaded")
-@pytest.mark.parametrize("script", ["train.py --help", "sample.py --help", "-m bench --help"])
+@pytest.mark.parametrize(
+    "script",
+    ["train.py --help", *(pytest.param(f"{s} --help", marks=pytest.mark.slow) for s in ("sample.py", "-m bench"))],
+)
 def test_ctrl_c_during_the_imports_is_silent(script):
     """When the first of torch's libraries is mapped, which is early in the seconds that `import torch` takes."""
     argv = [sys.executable, *script.split()]
