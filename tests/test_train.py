@@ -420,7 +420,7 @@ def test_a_config_file_does_not_undo_a_flag_and_says_so(flags, tmp_path, capsys)
     run([str(file), *flags(max_iters=2)])
     capsys.readouterr()
     run([str(file), f"--out_dir={out_dir(flags())}", "--init_from=resume", "--max_iters=3"])
-    assert "note: learning_rate=0.01 was a flag of this run" in capsys.readouterr().err
+    assert "note: learning_rate=0.01 was given as a flag earlier" in capsys.readouterr().err
 
 
 def test_patience_stops_early_and_best_is_never_replaced_by_worse(flags, monkeypatch, capsys):
