@@ -70,16 +70,6 @@ def rotate(x, rotary):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def attention_weights(q, k):
-    """Compute softmax(q kᵀ / √D + causal mask), which `attend` uses but does not return. TensorBoard shows it.
-
-    `q`, `k` (B, H, T, D) → (B, H, T, T); each row has a query's weights for the keys up to its own position.
-    """
-    scores = q @ k.mT / math.sqrt(q.size(-1))
-    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which each token sees itself and the tokens before it."""
 
@@ -212,6 +202,8 @@ class GPT(nn.Module):
         rotary = None if self.rotary is None else self.rotary[:, start:end]
         for i, block in enumerate(self.transformer.h):
             x = block(x, rotary, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.length = end
         return self.transformer.ln_f(x)
 
     @torch.no_grad()

@@ -141,7 +141,6 @@ def train(
         if evaluating and state.out_of_patience:
             observers.say(f"stopped early: {config.patience} evaluations without a better one")
             break
-    observers.finished()
     return 0
 
 
@@ -154,9 +153,10 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
         raise UserError(
             "--optimizer=muon does not work with float16: its steps overflow; use --dtype=float32 or bfloat16"
         )
-    data.train_batches.global_batch(state.progress.step)  # if memory is too small, fail before a run is replaced
+    # The first batch before the folder: if memory is too small for it, no other run is replaced.
+    _, [(x, y, _), *_] = data.train_batches.global_batch(state.progress.step)
     machine.group.on_rank_0(folder.take, config)
-    compiled = compile_model(state.model, data.train_batches, config.compile, machine)
+    compiled = compile_model(state.model, (x, y), config.compile, machine)
     state.train_model = parallelize(compiled, machine.group)
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""
@@ -165,11 +165,15 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
         f"{state.model.num_params():,} parameters on {machine.name}{reason}, {dtype}; "
         f"{len(tokens.train):,} tokens to train on, {len(tokens.val):,} to evaluate on"
     )
-    with StopSignals() as stop, observers:
-        return train(state, data, config, machine, observers, stop)
+    with observers:
+        with StopSignals() as stop:
+            code = train(state, data, config, machine, observers, stop)
+        if code == 0:  # outside of StopSignals: a signal ends the drawing of samples at once
+            observers.finished()
+    return code
 
 
-def start(
+def launch(
     config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine, folder: RunFolder
 ) -> int:
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
@@ -189,6 +193,7 @@ def start(
     if state.progress.step >= config.max_iters:
         note(f"note: {config.out_dir} is at step {state.progress.step} already; to continue, raise --max_iters")
         return 0
+    state.add_optimizers(saved)
     return run_training(state, data, config, machine, folder)
 
 
@@ -216,7 +221,7 @@ def main(argv: list[str]) -> int:
         config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags, folder)
         machine = group.on_all_ranks(pick_machine, config, group, saved and saved.get("threads"))
         with memory_limits(machine):
-            return start(config, flags, saved, machine, folder)
+            return launch(config, flags, saved, machine, folder)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import CausalSelfAttention
+from model import GPT, CausalSelfAttention
 
 
-def speed_up(model):
+def speed_up(model: GPT) -> GPT:
     """Replace the layers of a model that is on a CPU by the faster ones below, in place. → `model`
 
     A model on another device is not changed.
@@ -32,7 +32,7 @@ class Dropout(nn.Dropout):
     64 random bits decides on four elements.
     """
 
-    def forward(self, x):  # noqa: D102
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         p = rounded(self.p) if self.training else 0.0
         if p == 0:
             return x
@@ -42,7 +42,7 @@ class Dropout(nn.Dropout):
         return x * keep.mul_(1 / (1 - p))
 
 
-def rounded(p):
+def rounded(p: float) -> float:
     """Return the probability below 1 that is nearest to `p` and that 16 bits can express."""
     return min(round(p * 2**16), 2**16 - 1) / 2**16
 
@@ -50,7 +50,7 @@ def rounded(p):
 class Linear(nn.Linear):
     """nn.Linear, faster in float32 for the few rows of generation. (…, in) → (…, out)"""
 
-    def forward(self, x):  # noqa: D102
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         few = 0 < x.numel() <= 32 * self.in_features and not self.training
         if not few or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
 
 @cache
-def parts_of(out_features):
+def parts_of(out_features: int) -> int:
     """Return the smallest number of equal parts, from 2 to 31, into which the rows of a weight can be split; else 1."""
     return next((n for n in range(2, 32) if out_features % n == 0), 1)
 
@@ -75,7 +75,7 @@ class Attention(CausalSelfAttention):
     contexts of up to 512 tokens.
     """
 
-    def attend(self, q, k, v):  # noqa: D102
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # noqa: D102
         T, D = q.shape[-2:]
         dropout = rounded(self.attn_dropout.p) if self.training else 0.0
         if T > 1 and (dropout or (q.dtype == torch.bfloat16 and T <= 512)):

@@ -8,12 +8,21 @@ The tests compare this file with `GPT.generate` in model.py, which computes the 
 Shapes: B sequences in a batch, T tokens in a sequence, H heads, D = C / H, V = vocab_size.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
+from model import GPT
 from quill.data.batches import derive_seed
+from quill.data.tokenizers import Tokenizer
+from quill.machine import Machine
+from quill.options import TrainConfig
 
 
 class KVCache:
@@ -22,19 +31,19 @@ class KVCache:
     `stream_tokens` replaces it when it is full.
     """
 
-    def __init__(self, config):
-        self.length = 0  # tokens that the model has seen, also if it has no layers
+    def __init__(self, config: Any):
+        self.length = 0  # tokens that the model has seen; GPT.final_hidden counts them
         self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
 
 
 class LayerCache:
     """The part of a KVCache that belongs to one layer."""
 
-    def __init__(self, capacity):
+    def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
         self.keys = self.values = torch.empty(0)  # (B, H, capacity, D) as soon as B, H and D are known
 
-    def append(self, k, v):
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store `k`, `v` (B, H, T, D) after the tokens so far. → all keys, all values (B, H, length + T, D)"""
         if self.length == 0:
             B, H, _, D = k.shape
@@ -46,7 +55,13 @@ class LayerCache:
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample_token(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """Draw one token for each row of `logits` (B, V). → (B,) int64. Below a temperature of 1e-6, take the likeliest.
 
     top_k: keep the k likeliest tokens. top_p: keep the fewest of the likeliest tokens whose probabilities sum up to
@@ -71,7 +86,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 @contextmanager
-def eval_mode(model):
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, and restore the model's mode at the end, also after an exception."""
     was_training = model.training
     model.eval()
@@ -99,7 +114,6 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
                 context = new = context[:, -max(1, block_size // 2) :]
                 cache = KVCache(model.config)
             hidden = model.final_hidden(new, cache)  # (B, T, C)
-            cache.length += new.size(1)
             token = sample_token(model.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
@@ -111,12 +125,14 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
                 return
 
 
-def generate(model, idx, max_new_tokens, **options):
+def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
     """Return all tokens of `stream_tokens` at once. → (B, T + new), the prompt included"""
     return torch.stack([*idx.unbind(1), *stream_tokens(model, idx, max_new_tokens, **options)], dim=1)
 
 
-def draw_samples(model, tokenizer, count, config, machine, step):
+def draw_samples(
+    model: GPT, tokenizer: Tokenizer, count: int, config: TrainConfig, machine: Machine, step: int
+) -> list[str]:
     """Draw `count` texts for a training run at `step`, with config.sample_tokens and config.sample_temperature.
 
     Their random numbers are derived from (seed, step), so that asking for samples changes no training step.

@@ -16,7 +16,6 @@ from torch import nn
 
 from quill.cli import note
 from quill.cores import cpu_quota
-from quill.data.batches import Batches
 from quill.distributed import ProcessGroup
 from quill.errors import UserError
 
@@ -108,7 +107,7 @@ class StopSignals:
 
 def pick_machine(
     config: Any,
-    group: ProcessGroup = ProcessGroup(),  # noqa: B008 - it is frozen
+    group: ProcessGroup | None = None,
     saved_threads: int | None = None,
 ) -> Machine:
     """Pick the device and the dtype that `config` asks for, and set the number of torch's threads.
@@ -117,6 +116,7 @@ def pick_machine(
     resumed run keeps it, because it decides how sums are rounded. Raise a UserError if the device or the dtype is not
     available.
     """
+    group = group or ProcessGroup()
     reason = set_threads(config.threads, saved_threads)
     device = _best_device(group) if config.device == "auto" else _device(config.device)
     if device.type == "cuda":
@@ -200,14 +200,16 @@ def _best_dtype(device):
     return torch.float32
 
 
-def compile_model(model: nn.Module, batches: Batches, option: bool | str, machine: Machine) -> Any:
+def compile_model(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], option: bool | str, machine: Machine
+) -> Any:
     """torch.compile where `option` (config.compile) asks for it and it works, else `model` itself.
 
-    The compiled model is tried on the first of `batches`, forward and backward.
+    batch: x and y, (B, T) each, on which the compiled model is tried, forward and backward.
     """
     if not (machine.device.type == "cuda" if option == "auto" else option):
         return model
-    x, y, _ = batches.global_batch(0)[1][0]
+    x, y = batch
     try:
         compiled = torch.compile(model)
         with machine.autocast():

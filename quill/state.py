@@ -36,7 +36,9 @@ class Progress:
 
 
 class TrainState:
-    """What a run resumes from. `state_dict` is a checkpoint's content, and `load_state_dict` restores all of it.
+    """What a run resumes from. `state_dict` is a checkpoint's content, and `load_state_dict` restores it.
+
+    A new TrainState can be evaluated. `add_optimizers` makes it ready to be trained.
 
     train_model: the model as a training step calls it, which may be compiled and distributed; it shares its parameters
     with `model`. pending: the loss and the gradient norm of each step since `read_losses`, still on the device.
@@ -62,11 +64,17 @@ class TrainState:
         self.ema: Any = None
         if config.ema_decay:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.optimizers = make_optimizers(self.model, config)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = []
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         if saved is not None and config.init_from == "resume":
             self.load_state_dict(saved)
+
+    def add_optimizers(self, saved: dict[str, Any] | None = None) -> None:
+        """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
+        self.optimizers = make_optimizers(self.model, self.config)
+        if saved is not None and self.config.init_from == "resume":
+            self._load_optimizers(saved)
 
     @property
     def eval_model(self) -> GPT:
@@ -91,12 +99,18 @@ class TrainState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. The options and flags are not restored from `saved`."""
-        self.progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+        for f in fields(Progress):
+            setattr(self.progress, f.name, saved[f.name])
+        self.progress.losses = list(saved["losses"])
         self.data_order = saved["data_order"]
         self.model.load_state_dict(saved["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
             self.ema.n_averaged.fill_(self.progress.step)
+        if self.optimizers:
+            self._load_optimizers(saved)
+
+    def _load_optimizers(self, saved):
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         check_moments(optimizers, saved["optimizers"], self.progress.step, self.config.out_dir)
         for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):

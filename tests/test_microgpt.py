@@ -19,7 +19,7 @@ from quill.data.batches import Batches
 from quill.data.tokenizers import CharTokenizer
 from quill.generation import generate
 from quill.machine import Machine
-from quill.optimizer import learning_rate, make_optimizers
+from quill.optimizer import learning_rate
 from quill.options import TrainConfig
 from quill.state import TrainState
 
@@ -192,7 +192,7 @@ def test_five_steps_agree_with_train_step():
     machine = Machine(device=cpu, dtype=torch.float32, name="cpu")  # float32: no autocast
     state = TrainState(CONFIG, {}, CharTokenizer(TOKENIZER.chars, True), machine)
     state.model = state.train_model = model
-    state.optimizers = make_optimizers(model, CONFIG)
+    state.add_optimizers()
     scalar = parameters(weights)
     m, v = [0.0] * len(scalar), [0.0] * len(scalar)
     seen = set()

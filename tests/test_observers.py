@@ -12,9 +12,7 @@ from quill.observers import metrics_csv
 from quill.observers.metrics_csv import COLUMNS, MetricsFile
 from quill.observers.observer import Evaluation, Observer
 
-EVALUATION = Evaluation(
-    step=20, lr=0.1, train_loss=2.0, val_loss=1.5, tokens_per_s=1234.5, seconds=3.00049, samples=["one", "two"]
-)
+EVALUATION = Evaluation(step=20, lr=0.1, train_loss=2.0, val_loss=1.5, tokens_per_s=1234.5, seconds=3.00049)
 
 
 class Recorder(Observer):
@@ -32,8 +30,11 @@ class Recorder(Observer):
     def evaluated(self, evaluation):
         self.events.append(evaluation)
 
-    def finished(self, best_val_loss, samples):
-        self.events.append(("finished", best_val_loss, samples))
+    def sampled(self, step, texts):
+        self.events.append(texts)
+
+    def finished(self, best_val_loss, texts):
+        self.events.append(("finished", best_val_loss, list(texts)))
 
     def close(self):
         self.events.append("closed")
@@ -50,8 +51,8 @@ def test_a_run_tells_every_event_once_and_in_order(flags, monkeypatch, tmp_path)
     assert train.main(flags(max_iters=6, eval_interval=4, log_interval=3, eval_samples=1, final_samples=2)) == 0
     names = [event if isinstance(event, str) else type(event).__name__ for event in recorder.events]
     assert names == [
-        *["stepped"] * 3, "LogEntry", "stepped", "LogEntry", "Evaluation",
-        *["stepped"] * 2, "LogEntry", "Evaluation", "tuple", "closed",
+        *["stepped"] * 3, "LogEntry", "stepped", "LogEntry", "Evaluation", "list",
+        *["stepped"] * 2, "LogEntry", "Evaluation", "list", "tuple", "closed",
     ]  # fmt: skip
     entries = [event for event in recorder.events if isinstance(event, observers.LogEntry)]
     evaluations = [event for event in recorder.events if isinstance(event, Evaluation)]
@@ -59,12 +60,24 @@ def test_a_run_tells_every_event_once_and_in_order(flags, monkeypatch, tmp_path)
     assert [evaluation.step for evaluation in evaluations] == [4, 6]
     assert evaluations[0].train_loss == pytest.approx((3 * entries[0].loss + entries[1].loss) / 4)
     assert evaluations[1].train_loss == pytest.approx(entries[2].loss)
-    assert [len(evaluation.samples) for evaluation in evaluations] == [1, 1] and len(recorder.events[-2][2]) == 2
+    assert [len(event) for event in recorder.events if isinstance(event, list)] == [1, 1]
+    assert len(recorder.events[-2][2]) == 2
     with open(tmp_path / "run" / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row, evaluation in zip(rows, evaluations, strict=True):
         assert float(row["val_loss"]) == evaluation.val_loss and float(row["lr"]) == evaluation.lr
         assert float(row["perplexity"]) == math.exp(evaluation.val_loss)
+
+
+def test_a_sampling_that_fails_costs_no_row(flags, monkeypatch, tmp_path, capsys):
+    def broken(*args):
+        raise UserError("out of memory")
+
+    monkeypatch.setattr(observers, "draw_samples", broken)
+    with pytest.raises(UserError, match="out of memory"):
+        train.main(flags(max_iters=2, eval_interval=2, eval_samples=1))
+    assert "step 2: train loss" in capsys.readouterr().out
+    assert len((tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_observers_are_closed_after_an_error(flags, monkeypatch):
@@ -101,7 +114,7 @@ def test_a_column_that_no_evaluation_has_is_an_error(tmp_path, monkeypatch):
 def test_rows_after_the_checkpoint_and_damaged_rows_are_dropped(tmp_path):
     metrics = MetricsFile(str(tmp_path), 0)
     for step in (10, 20, 30):
-        metrics.evaluated(Evaluation(step, 0.1, 2.0, 1.5, 1.0, 1.0, []))
+        metrics.evaluated(Evaluation(step, 0.1, 2.0, 1.5, 1.0, 1.0))
     path = tmp_path / "metrics.csv"
     path.write_bytes(path.read_bytes() + b"\n\0\0\n15,0.1\nx,0.1,2.0,1.5,1.0,1.0,1.0\n25")
     MetricsFile(str(tmp_path), 20)

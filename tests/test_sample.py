@@ -5,7 +5,7 @@ import torch
 
 import sample
 import train
-from quill import checkpoint
+from quill import checkpoint, cpu
 from quill.data import token_files
 from quill.errors import UserError
 
@@ -143,3 +143,11 @@ def test_a_nanogpt_run_samples_with_the_dataset_prepared_here(runs, data_dir, tm
 def test_a_prompt_without_an_end_is_refused(runs, capsys):
     with pytest.raises(UserError, match="--start=FILE:/dev/zero: longer than 64 MiB"):
         write(capsys, runs, "prose", "--start=FILE:/dev/zero")
+
+
+def test_a_cpu_samples_with_the_faster_layers(runs, capsys, monkeypatch):
+    seen = []
+    draw = sample.sample
+    monkeypatch.setattr(sample, "sample", lambda model, *args: seen.append(model) or draw(model, *args))
+    write(capsys, runs, "prose", "--max_new_tokens=2")
+    assert type(seen[0].lm_head) is cpu.Linear

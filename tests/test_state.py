@@ -23,7 +23,9 @@ def make_state(flags):
         config = TrainConfig(**read_args(flags(**options), TrainConfig, "")[1])
         machine = pick_machine(config)
         data = open_splits(config, machine)
-        return TrainState(config, {}, data.dataset.tokenizer, machine, saved), data.train_batches, machine
+        state = TrainState(config, {}, data.dataset.tokenizer, machine, saved)
+        state.add_optimizers(saved)
+        return state, data.train_batches, machine
 
     return make
 

@@ -15,7 +15,7 @@ import torch
 
 import train
 from model import GPT
-from quill import checkpoint
+from quill import checkpoint, cpu
 from quill.data.splits import open_splits
 from quill.errors import UserError
 from quill.machine import pick_machine
@@ -124,6 +124,41 @@ def test_a_signal_ends_the_step_saves_and_resumes(flags, tmp_path, monkeypatch, 
     assert last(parts)["step"] == 27 and len(last(parts)["losses"]) == 7
     run([*parts, "--init_from=resume"])
     assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_final_samples_ends_the_run(flags, number):
+    """They come after the last save, so there is nothing to wait for."""
+    code = (
+        "import os, sys, train\nfrom quill import observers\nfrom quill.cli import run\n"
+        f"observers.draw_samples = lambda *args: os.kill(os.getpid(), {number:d})\nrun(train.main)\n"
+    )
+    argv = [sys.executable, "-c", code, *flags(max_iters=2, final_samples=1)]
+    done = subprocess.run(argv, cwd=os.path.dirname(train.__file__), capture_output=True, text=True)
+    assert done.returncode in (128 + number, -number)
+    assert done.stderr == ""
+    assert last(flags())["step"] == 2
+
+
+def test_an_evaluation_needs_no_optimizer(flags, capsys):
+    run(flags(max_iters=2))
+    path = out_dir(flags()) / "last.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizers"] = []
+    torch.save(state, path)
+    run(flags(init_from="resume", eval_only=True))
+    assert "step 2: val loss" in capsys.readouterr().out
+    run(flags(init_from="resume", max_iters=2))
+    with pytest.raises(UserError, match="0 optimizers, but this run has 1"):
+        train.main(flags(init_from="resume", max_iters=3))
+
+
+def test_a_cpu_run_has_the_faster_layers(flags, monkeypatch):
+    seen = []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda state, *args: seen.append(state.model) or step(state, *args))
+    run(flags(max_iters=1))
+    assert type(seen[0].lm_head) is cpu.Linear
 
 
 def test_accumulation_is_the_large_batch(flags, tmp_path):
@@ -271,6 +306,7 @@ def test_a_step_is_adamw_by_formula(flags):
     machine = pick_machine(config)
     data = open_splits(config, machine)
     state, batches = TrainState(config, {}, data.dataset.tokenizer, machine), data.train_batches
+    state.add_optimizers()
     model = state.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     _, [(x, y, _)] = batches.global_batch(0)
@@ -387,6 +423,7 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
     machine = replace(pick_machine(config), dtype=torch.float16)
     data = open_splits(config, machine)
     state = TrainState(config, {}, data.dataset.tokenizer, machine)
+    state.add_optimizers()
     state.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
     start = state.model.lm_head.weight.detach().clone()
     train.train_step(state, data.train_batches, config, machine)

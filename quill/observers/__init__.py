@@ -77,18 +77,20 @@ class Observers:
             lr=learning_rate(progress.step - 1, self.config),
             train_loss=math.fsum(progress.losses) / len(progress.losses),
             val_loss=val_loss,
-            tokens_per_s=round(self.tokens_per_s, 1),
+            tokens_per_s=self.tokens_per_s,
             seconds=progress.seconds,
-            samples=self._draw(max(self.config.eval_samples, int(self.config.tensorboard))),
         )
         self.tokens, self.busy = 0, 0.0
         self.tell("evaluated", evaluation)
+        self.tell("sampled", progress.step, list(self._draw(max(o.samples_wanted for o in self.observers))))
 
     def finished(self) -> None:
         """Report the end of the run."""
-        if self.observers:
-            self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
+        self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
 
     def _draw(self, count):
+        """Yield `count` texts. They are drawn together when the first one is asked for."""
         state = self.state
-        return draw_samples(state.eval_model, state.tokenizer, count, self.config, self.machine, state.progress.step)
+        yield from draw_samples(
+            state.eval_model, state.tokenizer, count, self.config, self.machine, state.progress.step
+        )

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ class Console(Observer):
         on_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self.plain_lines = not (on_terminal and sys.stdout.isatty())
         self.val_loss = None
+        self.samples_wanted = config.eval_samples
         self.bar = tqdm(
             total=config.max_iters,
             initial=step,
@@ -57,18 +59,21 @@ class Console(Observer):
             self.say(f"step {entry.step}/{self.config.max_iters}: {text}")
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Print the losses, and config.eval_samples samples."""
+        """Print the losses."""
         self.val_loss = evaluation.val_loss
         losses = f"train loss {evaluation.train_loss:.4f}, val loss {evaluation.val_loss:.4f}"
         self.say(f"step {evaluation.step}: {losses}, {evaluation.tokens_per_s:,.0f} tokens/s")
-        for text in evaluation.samples[: self.config.eval_samples]:
+
+    def sampled(self, step: int, texts: list[str]) -> None:
+        """Print config.eval_samples samples."""
+        for text in texts[: self.samples_wanted]:
             self.say(text)
 
-    def finished(self, best_val_loss: float, samples: list[str]) -> None:
+    def finished(self, best_val_loss: float, texts: Iterable[str]) -> None:
         """Print config.final_samples samples, and the command that draws more."""
-        if samples:
-            self.say(f"{len(samples)} samples:")
-        for text in samples:
+        if self.config.final_samples:
+            self.say(f"{self.config.final_samples} samples:")
+        for text in texts:
             self.say(text)
         self.say(f"best val loss {best_val_loss:.4f}; sample with: python sample.py --out_dir={self.config.out_dir}")
 

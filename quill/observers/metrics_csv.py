@@ -38,7 +38,8 @@ class MetricsFile(Observer):
     def evaluated(self, evaluation: Evaluation) -> None:
         """Append a row."""
         values: dict[str, Any] = vars(evaluation) | {"perplexity": perplexity(evaluation.val_loss)}
-        row = {name: values[name] for name in COLUMNS} | {"seconds": round(evaluation.seconds, 3)}
+        values |= {"tokens_per_s": round(evaluation.tokens_per_s, 1), "seconds": round(evaluation.seconds, 3)}
+        row = {name: values[name] for name in COLUMNS}
         try:
             descriptor = open_without_links(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with open(descriptor, "a", encoding="utf-8", newline="") as file:

@@ -1,5 +1,6 @@
 """The events of a run, and the base class of the observers that receive them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -24,11 +25,12 @@ class Evaluation:
     val_loss: float  # nats per token
     tokens_per_s: float  # without the time of evaluations
     seconds: float  # since the run began, evaluations included
-    samples: list[str]
 
 
 class Observer:
     """Base class of all observers: each method does nothing, and a subclass overrides those that it needs."""
+
+    samples_wanted = 0  # samples to be drawn at each evaluation
 
     def stepped(self) -> None:
         """A training step has ended. The device may still be busy with it."""
@@ -37,10 +39,13 @@ class Observer:
         """The losses have been read: every config.log_interval steps, before evaluations, and after a stop signal."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """The model has been evaluated. A checkpoint is written next."""
+        """The model has been evaluated."""
 
-    def finished(self, best_val_loss: float, samples: list[str]) -> None:
-        """The run has ended, and no signal stopped it."""
+    def sampled(self, step: int, texts: list[str]) -> None:
+        """Samples have been drawn, after an evaluation. A checkpoint is written next."""
+
+    def finished(self, best_val_loss: float, texts: Iterable[str]) -> None:
+        """The run has ended, and no signal stopped it. The final samples are drawn when `texts` is iterated."""
 
     def close(self) -> None:
         """Release files and the terminal, also after an error."""

@@ -11,6 +11,7 @@ Shapes: T tokens in a sequence, C = n_embd, H = n_head, V = vocab_size.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, attention_weights
+from model import GPT
 from quill.data.batches import Batches
 from quill.errors import UserError
 from quill.generation import eval_mode
@@ -46,6 +47,7 @@ class TensorBoard(Observer):
         x, _, tokens = val_batches.gather(starts[longest], lengths[longest])
         self.idx = x[:, : min(tokens, LONGEST_TEXT)]  # (1, T)
         self.text = state.tokenizer.decode(self.idx[0].tolist())
+        self.samples_wanted = max(1, self.config.eval_samples)
         self.gradients = {}
         # This hook runs after clipping, and before the gradients are deleted.
         state.optimizers[0][0].register_step_pre_hook(self._keep_gradients)
@@ -96,7 +98,6 @@ class TensorBoard(Observer):
         step, writer = evaluation.step, self.writer
         with self._writing():
             writer.add_scalar("loss/val", evaluation.val_loss, step)
-            writer.add_text("samples", "\n\n---\n\n".join(map(as_code, evaluation.samples)), step)
             for name, parameter in self.model.named_parameters():
                 writer.add_histogram(f"weights/{name}", parameter, step)
             for name, gradient in self.gradients.items():
@@ -110,6 +111,12 @@ class TensorBoard(Observer):
                     # √, because most weights are near 1/T and would look black next to the first token's, which is 1.
                     writer.add_image(f"self_attention/layer_{layer}_head_{head}", enlarged(weights.sqrt()[None]), step)
             writer.flush()
+
+    def sampled(self, step: int, texts: list[str]) -> None:
+        """Write the samples."""
+        with self._writing():
+            self.writer.add_text("samples", "\n\n---\n\n".join(map(as_code, texts)), step)
+            self.writer.flush()
 
     def close(self) -> None:
         """Mark the run's end, and close the event file."""
@@ -141,6 +148,16 @@ def attention_maps(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
         for hook in hooks:
             hook.remove()
     return maps
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Compute softmax(q kᵀ / √D + causal mask), which `attend` uses but does not return. TensorBoard shows it.
+
+    `q`, `k` (B, H, T, D) → (B, H, T, T); each row has a query's weights for the keys up to its own position.
+    """
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
 # ---------------------------------------------------------------- images, text
