@@ -34,7 +34,7 @@ class Recorder(Observer):
         self.events.append(texts)
 
     def finished(self, best_val_loss, texts):
-        self.events.append(("finished", best_val_loss, list(texts)))
+        self.events.append(("finished", best_val_loss, texts))
 
     def close(self):
         self.events.append("closed")

@@ -82,15 +82,15 @@ class Observers:
         )
         self.tokens, self.busy = 0, 0.0
         self.tell("evaluated", evaluation)
-        self.tell("sampled", progress.step, list(self._draw(max(o.samples_wanted for o in self.observers))))
+        self.tell("sampled", progress.step, self._draw(max(o.samples_wanted for o in self.observers)))
 
     def finished(self) -> None:
-        """Report the end of the run."""
-        self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
+        """Report the end of the run, with its final samples."""
+        if self.observers:
+            if self.config.final_samples:
+                self.say(f"{self.config.final_samples} samples:")
+            self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
 
     def _draw(self, count):
-        """Yield `count` texts. They are drawn together when the first one is asked for."""
-        state = self.state
-        yield from draw_samples(
-            state.eval_model, state.tokenizer, count, self.config, self.machine, state.progress.step
-        )
+        state, step = self.state, self.state.progress.step
+        return draw_samples(state.eval_model, state.tokenizer, count, self.config, self.machine, step)

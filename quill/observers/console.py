@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -69,10 +68,8 @@ class Console(Observer):
         for text in texts[: self.samples_wanted]:
             self.say(text)
 
-    def finished(self, best_val_loss: float, texts: Iterable[str]) -> None:
-        """Print config.final_samples samples, and the command that draws more."""
-        if self.config.final_samples:
-            self.say(f"{self.config.final_samples} samples:")
+    def finished(self, best_val_loss: float, texts: list[str]) -> None:
+        """Print the final samples, and the command that draws more."""
         for text in texts:
             self.say(text)
         self.say(f"best val loss {best_val_loss:.4f}; sample with: python sample.py --out_dir={self.config.out_dir}")

@@ -1,6 +1,5 @@
 """The events of a run, and the base class of the observers that receive them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -44,8 +43,8 @@ class Observer:
     def sampled(self, step: int, texts: list[str]) -> None:
         """Samples have been drawn, after an evaluation. A checkpoint is written next."""
 
-    def finished(self, best_val_loss: float, texts: Iterable[str]) -> None:
-        """The run has ended, and no signal stopped it. The final samples are drawn when `texts` is iterated."""
+    def finished(self, best_val_loss: float, texts: list[str]) -> None:
+        """The run has ended, and no signal stopped it. `texts` are the final samples."""
 
     def close(self) -> None:
         """Release files and the terminal, also after an error."""
