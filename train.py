@@ -204,17 +204,23 @@ def print_on_rank_0(text: str, machine: Machine) -> int:
     return 0
 
 
+def read_options(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a command line. → the options of its config file, and its flags"""
+    positional, flags = read_args(argv, TrainConfig, __doc__)
+    if len(positional) > 1:
+        raise UserError(f"give one config file, not {len(positional)}: {' '.join(positional)}")
+    return read_config_file(positional[0], TrainConfig) if positional else {}, flags
+
+
 def main(argv: list[str]) -> int:
     """Read the options, pick the machine, and start. → exit code"""
     if not argv:
         print(f"python train.py CONFIG [--key=value …], where CONFIG is one of\n{list_configs()}\nor a file like them")
         return 2
-    positional, flags = read_args(argv, TrainConfig, __doc__)
-    if len(positional) > 1:
-        raise UserError(f"give one config file, not {len(positional)}: {' '.join(positional)}")
-    from_file = read_config_file(positional[0], TrainConfig) if positional else {}
-    given, group = from_file | flags, ProcessGroup.from_environment()
+    group = ProcessGroup.from_environment()
     with group.connected(), ExitStack() as stack:
+        from_file, flags = group.on_all_ranks(read_options, argv)
+        given = from_file | flags
         folder = group.on_all_ranks(folder_of, given)
         if not (given.get("eval_only") or given.get("dry_run")):
             group.on_rank_0(stack.enter_context, folder.locked())

@@ -34,8 +34,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     A UserError or an OSError becomes one line on stderr and exit code 2. Ctrl-C exits with 130, without a traceback.
     """
-    script = Path(sys.argv[0])
-    name = script.parent.name if script.name == "__main__.py" else script.name
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell sets for commands in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)  # quill/start.py has set another
     for stream in (sys.stdout, sys.stderr):
@@ -45,33 +43,46 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except UserError as error:
-        note(f"{name}: {error}")
-        code = 2
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except BrokenPipeError:
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        text, code = explain(error)
+        if text:
+            note(f"{script_name()}: {text}")
+    sys.exit(code)
+
+
+def script_name() -> str:
+    """Return the name of the running script, which its error messages start with."""
+    script = Path(sys.argv[0])
+    return script.parent.name if script.name == "__main__.py" else script.name
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return the line on stderr for `error`, "" if it is silent, and the exit code, which is 1 for a bug of quill's."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "", 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
         # The reader (`| head`) has closed the pipe. Python flushes stdout again when it exits, which would fail.
         drop_output()
-        code = 0
-    except OSError as error:
+        return "", 0
+    if isinstance(error, OSError):
         # Files are written by quill/files.py, whose errors name them. What is left without a name is stdout.
         is_stdout = error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
         if is_stdout:
             drop_output()
         where = "can't write to stdout" if is_stdout else error.filename or "system"
-        note(f"{name}: {where}: {error.strerror or error}")
-        code = 2
-    sys.exit(code)
+        return f"{where}: {error.strerror or error}", 2
+    return f"{type(error).__name__}: {error}", 1
 
 
-def note(text: str) -> None:
+def note(text: str, every_rank: bool = False) -> None:
     """Print a line on stderr. Only rank 0 prints, because every process would print the same line.
 
     Control characters are escaped, so that a message is one line even if it quotes a text with several. Errors of
-    stderr are ignored, for example if it is closed.
+    stderr are ignored, for example if it is closed. every_rank: print on this rank, whichever it is.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if every_rank or os.environ.get("RANK", "0") == "0":
         with suppress(OSError, ValueError):
             print(one_line(text), file=sys.stderr, flush=True)
 

@@ -1,28 +1,51 @@
-"""The processes of a run: their ranks, what they agree on, and how they train one model together.
+"""The processes of a run: their ranks, what they agree on, how they train one model together, and how they end.
 
-One process is the default. torchrun starts several, one for each GPU, and tells each its rank in the environment.
+One process is the default. torchrun starts several, one for each GPU, and tells each its rank in the environment. After
+a failure, or when a node joins, it kills them all and starts new ones: a restart.
+
+An error on any rank ends all of them at once, with one line on stderr.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import secrets
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from quill.cli import explain, note, script_name
 from quill.errors import UserError
+
+JOINING = 300.0  # seconds from the first rank's start until the last rank must be there
+LEAVING = 10.0  # seconds that a rank waits for the others to have seen the end of the run
+REPORTING = 5.0  # seconds that a rank gives another one to report its error
+HOW_TO_JOIN = "a node can join a run that has started if torchrun runs with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+
+
+class AgreedError(UserError):
+    """An error that every rank raises, with the same words."""
+
+
+class ErrorElsewhere(UserError):
+    """A bug on another rank, which reports it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
-    """A process's place among the processes of a run. The default is a single process."""
+    """A process's place among the processes of a run. The default is a process that is alone."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,15 +57,98 @@ class ProcessGroup:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Connect the processes: gloo for tensors on the CPU, nccl for those on GPUs."""
-        if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        try:
+        """Connect the processes: gloo for tensors on the CPU, nccl for those on GPUs.
+
+        If the `with` block raises on any rank, every process ends at once, with the exit code and, on one of them, the
+        line on stderr that `quill.cli.run` gives a process that is alone.
+        """
+        if self.world_size == 1:
             yield
-        finally:
-            if self.world_size > 1:
-                gc.collect()  # end DDP's threads while the group exists; at exit they would abort the process
-                dist.destroy_process_group()
+            return
+        store = None
+        try:
+            store = self._join()
+            before = signal.signal(signal.SIGTERM, _interrupt)
+            yield
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the run has ended already
+            self._leave(store)
+            signal.signal(signal.SIGTERM, before)
+        except BaseException as error:
+            self._end(error, store)
+        gc.collect()  # end DDP's threads while the group exists; at exit they would abort the process
+        dist.destroy_process_group()
+
+    def _join(self):
+        """Connect the processes. → a store for this start's processes alone"""
+        try:
+            timeout = timedelta(seconds=JOINING)
+            store = meet(next(dist.rendezvous("env://", timeout=timeout))[0], self.rank, self.world_size)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"can't connect to the other processes: {reason}") from None
+        return store
+
+    def _leave(self, store):
+        """Wait until every rank has left its last collective.
+
+        A rank that closes its connections earlier can fail another one that still reads from them.
+        """
+        self.max(0)  # this waits as long as it takes, but not for the dead
+        store.add("left", 1)
+        with suppress(dist.DistError):  # rank 0 may serve the store; it ends when it has seen all of them here
+            _wait_until(lambda: store.add("left", 0) == self.world_size, LEAVING)
+
+    def _end(self, error: BaseException, store: dist.Store | None) -> NoReturn:
+        """End this process because of `error`. The first rank to get here prints its line; the others are silent.
+
+        The group is not destroyed, which would wait for operations that can't end. The connections close with the
+        process, and that ends the collectives of the other ranks.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # torchrun sends SIGTERM as soon as another process has ended
+        text, code = self._line(error)
+        mine = first = f"{self.rank} {code}"
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        if store is not None:
+            if isinstance(error, ErrorElsewhere):
+                _wait_until(lambda: store.check(["ended"]), REPORTING)
+            try:
+                first = store.compare_set("ended", "", mine).decode()
+            except dist.DistError:  # rank 0 served the store and has ended
+                text = text if self.rank == 1 else ""
+        if first == mine and text:
+            # Before the ranks have met, a signal to all of them gives each the same line.
+            note(f"{script_name()}: {text}", every_rank=store is not None or not isinstance(error, KeyboardInterrupt))
+        if store is not None:
+            with suppress(dist.DistError):
+                store.add("informed", 1)
+                if self._serves_store():
+                    _wait_until(lambda: store.add("informed", 0) == self.world_size, 1.0)
+        os._exit(int(first.split()[1]))
+
+    def _serves_store(self):
+        """Whether the store ends with this process: torchrun's agent serves it, but an option moves it to rank 0."""
+        return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def _line(self, error):
+        """The line on stderr for `error` and the exit code. A bug gets its traceback as well."""
+        if isinstance(error, (AgreedError, ErrorElsewhere)):
+            return explain(error)
+        if isinstance(error, KeyboardInterrupt):
+            number = error.args[0] if error.args else signal.SIGINT
+            return f"stopped by {signal.Signals(number).name}", 128 + number
+        if isinstance(error, SystemExit):
+            return "", error.code if isinstance(error.code, int) else int(error.code is not None)
+        if _is_lost_connection(error):
+            return f"rank {self.rank} lost its connection to another process, which has failed or was killed", 1
+        if not isinstance(error, (UserError, OSError)):
+            traceback.print_exception(error)
+        text, code = explain(error)
+        return text and f"rank {self.rank}: {text}", code
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a CPU tensor over the ranks, in place. → `tensor`"""
@@ -51,7 +157,7 @@ class ProcessGroup:
         return tensor
 
     def max(self, number: int) -> int:
-        """Return the largest `number` of any rank."""
+        """The largest `number` of any rank."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor(number)
@@ -60,17 +166,26 @@ class ProcessGroup:
 
     def on_all_ranks(self, work: Callable[..., Any], *args: Any) -> Any:
         """Call `work(*args)` on each rank. If any rank fails, every rank raises its error instead of deadlocking."""
-        result, error = None, None
+        if self.world_size == 1:
+            return work(*args)
+        result, bug, text = None, None, None
         try:
             result = work(*args)
-        except UserError as caught:
-            error = str(caught)
-        if self.world_size > 1:
-            errors = [None] * self.world_size
-            dist.all_gather_object(errors, error)
-            error = next(filter(None, errors), None)
-        if error is not None:
-            raise UserError(error)
+        except (UserError, OSError) as error:
+            text = explain(error)[0]
+        except Exception as error:
+            bug = error
+        failures: list[Any] = [None] * self.world_size
+        dist.all_gather_object(failures, (text, bug is not None))
+        if bug is not None:
+            raise bug
+        if any(is_bug for _, is_bug in failures):
+            raise ErrorElsewhere("another rank has failed")
+        texts = [text for text, _ in failures]
+        failed = [rank for rank, text in enumerate(texts) if text is not None]
+        if failed:
+            same = len(set(texts)) == 1 or failed == [0]  # rank 0 has work that no other has
+            raise AgreedError(texts[failed[0]] if same else f"rank {failed[0]}: {texts[failed[0]]}")
         return result
 
     def on_rank_0(self, work: Callable[..., Any], *args: Any) -> None:
@@ -79,5 +194,57 @@ class ProcessGroup:
 
 
 def parallelize(model: nn.Module, group: ProcessGroup) -> nn.Module:
-    """Wrap `model` so that its gradients are averaged over the ranks. A single process gets it unchanged."""
+    """Wrap `model` so that its gradients are averaged over the ranks. A process that is alone gets it unchanged."""
     return DistributedDataParallel(model) if group.world_size > 1 else model
+
+
+def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Wait for the other ranks of this start. → a store that only they share
+
+    torchrun's store outlives the processes: it still has the addresses at which gloo could reach those of the last
+    start (pytorch issue 135712). Nothing in the environment is common to all nodes and new at each start: an agent
+    counts the restarts that its own processes caused, and a node that joins causes none. So each rank writes a random
+    token. Rank 0 answers every token it finds with its own, and a rank that replies to that is alive. The tokens of
+    dead processes stay without a reply, until those of the living replace them.
+    """
+    token = secrets.token_hex(8)
+    if rank > 0:
+        answer = f"quill/answer/{token}"
+        store.set(f"quill/token/{rank}", token)
+        if not _wait_until(lambda: store.check([answer]), JOINING):
+            raise UserError(f"rank {rank} has waited {JOINING:.0f} s for rank 0; {HOW_TO_JOIN}")
+        start = store.get(answer).decode()
+        store.set(f"quill/{start}/reply/{rank}", "")
+        return dist.PrefixStore(f"quill/{start}", store)
+    missing = set(range(1, world_size))
+
+    def all_replied():
+        for other in sorted(missing):
+            if store.check([f"quill/{token}/reply/{other}"]):
+                missing.remove(other)
+            elif store.check([f"quill/token/{other}"]):
+                store.set(f"quill/answer/{store.get(f'quill/token/{other}').decode()}", token)
+        return not missing
+
+    if not _wait_until(all_replied, JOINING):
+        raise UserError(f"rank 0 has waited {JOINING:.0f} s for rank {', '.join(map(str, missing))}; {HOW_TO_JOIN}")
+    return dist.PrefixStore(f"quill/{token}", store)
+
+
+def _wait_until(is_true, seconds):
+    """Ask `is_true` again and again; signals are handled in between. → whether it has become true"""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def _is_lost_connection(error):
+    """Whether torch says that another process has gone. gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

@@ -1,14 +1,12 @@
-"""The commands as users run them: exit codes, signals, kill -9, several ranks, pipes."""
+"""The commands as users run them: exit codes, signals, kill -9, pipes. Several ranks are in test_torchrun.py."""
 
 import csv
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -59,52 +57,6 @@ def test_exit_code_of_a_signal(flags, tmp_path, number, code):
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and err == "" and "continue with --init_from=resume" in out
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 50
-
-
-@pytest.mark.parametrize("dataset", ["words", pytest.param("prose", marks=pytest.mark.slow)])
-def test_two_ranks_train_as_one(flags, tmp_path, dataset):
-    """torchrun with gloo: the same losses and weights as one process, at half the rows for each."""
-    options = {"dataset": dataset, "gradient_accumulation_steps": 3, "eval_interval": 10}
-    assert train.main(flags(**options, out_dir=tmp_path / "one")) == 0
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = command(*argv, *flags(**options, out_dir=tmp_path / "two"), check=0)
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
-    one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, atol=1e-4, rtol=0)
-    assert not any(name.startswith("module.") for name in two["model"])
-    assert done.stdout.count("step 40: train loss") == 1  # rank 0 alone prints
-
-
-def test_an_error_on_one_rank_ends_all_with_its_line(flags, tmp_path):
-    """Rank 1 alone can't read the data; rank 0 would wait for it for ever."""
-    script = tmp_path / "broken.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, quill.data.splits\n"
-        "from quill.cli import run\n"
-        "from quill.errors import UserError\n"
-        "def broken(*args):\n    raise UserError('rank 1 has no disk')\n"
-        "if os.environ['RANK'] == '1':\n    quill.data.splits.open_dataset = broken\n"
-        "run(train.main)\n",
-        encoding="utf-8",
-    )
-    began = time.monotonic()
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    done = command(*argv, *flags())
-    assert done.returncode != 0 and time.monotonic() - began < 60
-    assert done.stderr.count("broken.py: rank 1 has no disk") == 1
-
-
-def test_a_signal_to_torchrun_saves(flags, tmp_path):
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    argv = [sys.executable, *argv, *flags(max_iters=100_000)]
-    process = subprocess.Popen(argv, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 50/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert "stopped by SIGTERM" in out and checkpoint.load(tmp_path / "run" / "last.pt")["step"] >= 50
 
 
 def test_a_bare_command_lists_the_configs(capsys):
