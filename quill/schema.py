@@ -194,8 +194,10 @@ def _fits(value, kind):
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return any(value == choice and type(value) is type(choice) for choice in choices)
-    if types.NoneType in choices:
-        return value is None or _fits(value, choices[0])
+    if choices:  # such as float | None, int | Literal["auto"]
+        return any(_fits(value, choice) for choice in choices)
+    if kind is types.NoneType:
+        return value is None
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is kind
