@@ -1,14 +1,14 @@
 """`python -m bench faults`: campaigns that break quill on purpose and count what happens, one file for each group.
 
-A campaign is a function that yields cases. A case gets an empty folder and returns what it has counted; its problems are
-faults of quill. A campaign that is interrupted, or started again with the same code, continues from its journal.
+A campaign is a function that yields cases. A case gets an empty folder and returns what it has counted; its problems
+are faults of quill. A campaign that is interrupted, or started again with the same code, continues from its journal.
 """
 
 from bench.faults.campaign import Workplace, run_campaign
+from bench.faults.checkpoints import damage, pickles
 from bench.faults.costs import cost, order
-from bench.faults.damage import damage, pickles
-from bench.faults.disk import disk
-from bench.faults.inputs import inputs
+from bench.faults.disks import disk
+from bench.faults.generated import inputs
 from bench.faults.runs import kill, resumes, worlds
 from bench.measure import Line
 from quill.errors import UserError
@@ -28,8 +28,10 @@ def faults(names: list[str], config: BenchConfig) -> list[Line]:
     try:
         for name, only in wanted.items():
             lines.append(run_campaign(name, CAMPAIGNS[name](place), place, only))
-            counts = [f"{value:,} {count}" if isinstance(value, int) else f"{count} {value}" for count, value in lines[-1].items()
-                      if count not in ("what", "problems")]  # fmt: skip
+            counts = [
+                f"{value:,} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in lines[-1].items()
+            ]
+            counts = [count for count in counts if not count.startswith(("what", "problems"))]
             print(f"| {name} | {', '.join(counts)} | {len(lines[-1]['problems'])} faults |", flush=True)
     finally:
         place.close()

@@ -105,8 +105,8 @@ def why_no_end(answer: dict[str, Any]) -> str:
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """Where two nested values differ in a type, a shape or a bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.layout == b.layout == torch.strided:
-        bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist() for tensor in (a, b)]
-        return [] if a.shape == b.shape and a.dtype == b.dtype and bits[0] == bits[1] else [path]
+        x, y = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+        return [] if a.shape == b.shape and a.dtype == b.dtype and torch.equal(x, y) else [path]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [line for key in a for line in differences(a[key], b[key], f"{path}/{key}")]
     if type(a) is type(b) and isinstance(a, (list, tuple)) and len(a) == len(b):

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.faults.campaign import KINDS, STATE, Cases, Result, Workplace, runs_differ
+from bench.faults.campaign import KINDS, STATE, TINY, Cases, Result, Workplace, runs_differ
 from quill import checkpoint
 
 CALLS = ("open", "write", "fsync", "replace")
@@ -16,34 +16,36 @@ def kill(place: Workplace) -> Cases:
     """Runs that are killed 20 times each by SIGKILL, 1,000 kills in all, end as the undisturbed run, bit for bit."""
     for kind in (*KINDS, "two_ranks"):
         for seed in range(place.size(10, 1)):
-            yield f"{kind}-{seed}", partial(kill_case, place, kind, seed, place.size(20, 3))
+            yield f"{kind}-{seed}", partial(kill_case, place, kind, seed, place.size(20, 2))
 
 
 def kill_case(place: Workplace, kind: str, seed: int, kills: int, folder: Path) -> Result:
     """Every second kill is at a random time; the others are at a random change of the disk, in a save or before it."""
     rng, ranks, killed = random.Random(f"{kind}-{seed}"), 2 if kind == "two_ranks" else 1, folder / "killed"
     options: dict[str, Any] = KINDS.get(kind, {"dropout": 0.1}) | {"seed": seed, "init_from": "auto"}
-    options["max_iters"] = 24 if kind == "tensorboard" else 80
+    options["max_iters"] = 24 if kind == "tensorboard" else place.size(80, 20)
     whole = place.train(folder / "whole", options, ranks=ranks, calls=CALLS)
-    counts, problems, start, reached = {"kills": 0, "runs": 0, "steps redone": 0, "lost": 0}, [], 0, 0
-    while not counts["lost"] and (counts["runs"] == 0 or counts["kills"] < kills):
+    counts, problems, reached = {"kills": 0, "runs": 0, "steps redone": 0, "lost": 0}, [], 0
+    has_ended = False
+    while not counts["lost"] and (counts["kills"] < kills or not has_ended):
         who = rng.choice([[0], [1], [0, 1]]) if ranks == 2 else [0]
         by_time = {"kill_after": rng.uniform(0.02, 0.8 * whole["seconds"]), "kill_ranks": who}
         by_call = {"calls": CALLS, "nth": rng.randint(1, max(1, whole["calls"] // 2))}
         how = {} if counts["kills"] >= kills else by_call if counts["kills"] % 2 else by_time
         end = place.train(killed, options, ranks=ranks, **how)
         counts["steps redone"] += max(0, min(reached, end["last"]) - end["first"])
-        if end["last"] > 0 and end["first"] < start:
-            problems.append(f"after {counts['kills']} kills: back from step {start} to {end['first']}")
-        start, reached = max(start, end["first"]), max(reached, end["last"])
+        if end["last"] > 0 and reached - end["first"] > TINY["eval_interval"]:
+            problems.append(f"after {counts['kills']} kills: back from step {reached} to {end['first']}")
+        reached = max(reached, end["last"])
+        has_ended = not any(end["codes"])
         if -9 in end["codes"] and not end["is_hung"]:
             counts["kills"] += 1
-        elif any(end["codes"]):
+        elif not has_ended:
             counts["lost"] = 1
             problems.append(f"lost after {counts['kills']} kills: exit code {end['codes']}, {end['err'][-300:]}")
         else:
             problems += [f"unequal bits: {path}" for path in runs_differ(folder / "whole", killed)]
-            counts["runs"], start, reached = counts["runs"] + 1, 0, 0
+            counts["runs"], reached = counts["runs"] + 1, 0
             shutil.rmtree(killed)
     return {**counts, "problems": problems}
 
@@ -76,9 +78,10 @@ def worlds(place: Workplace) -> Cases:
 def walk_case(place: Workplace, options: dict[str, Any], share: str, folder: Path) -> Result:
     """Dropout is off, because each rank has random numbers of its own."""
     options = options | {"dropout": 0.0, "gradient_accumulation_steps": 2 if share == "micro-batches" else 1}
-    place.train(folder / "whole", options | {"max_iters": 40})
+    steps = place.size(10, 4)
+    place.train(folder / "whole", options | {"max_iters": 4 * steps})
     for leg, ranks in enumerate((1, 2, 1, 2)):
-        place.train(folder / "walk", options | {"max_iters": 10 * (leg + 1), "init_from": "auto"}, ranks=ranks)
+        place.train(folder / "walk", options | {"max_iters": steps * (leg + 1), "init_from": "auto"}, ranks=ranks)
     whole, walk = (checkpoint.load(folder / name / "last.pt")["model"] for name in ("whole", "walk"))
     largest = max((whole[name] - walk[name]).abs().max().item() for name in whole)
     problems = runs_differ(folder / "whole", folder / "walk", STATE if share == "micro-batches" else ("step",))

@@ -7,6 +7,7 @@ imports torch once. A child is a process of its own, which runs a script as `pyt
 if __name__ == "__main__":
     import quill.start  # noqa: F401 - first: see there
 
+import _pyio
 import builtins
 import errno
 import importlib
@@ -28,6 +29,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 MEMORY = 8 * 2**30  # bytes of address space of a child: a wild value must end in a line, and not end the machine
 FIRST, LAST, CALLS = range(3)  # counters, which outlive a killed child: its first and last step, its calls to the disk
+DEFAULTS: dict[str, Any] = {
+    **{"cwd": str(ROOT), "ranks": 1, "limit": 20.0},  # after `limit` seconds, the children hang and are killed
+    **{"kill_after": 1e9, "kill_ranks": [0]},  # seconds, after which these ranks are killed
+    **{"calls": [], "nth": 0, "error": "kill"},  # of rank 0: see break_disk
+}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2}
 
 
@@ -37,43 +44,30 @@ def break_disk(counters: Any, calls: list[str], nth: int, error: str) -> None:
     A disk that is full, ENOSPC, stays full. With nth = 0 the calls are only counted.
     """
 
-    def check(call: str) -> None:
-        counters[CALLS] += call in calls
-        if call in calls and 0 < nth <= counters[CALLS] and (error == "ENOSPC" or nth == counters[CALLS]):
-            if error == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+    def checked(call: str, function: Any) -> Any:
+        def wrapper(first: Any, second: Any = 0, *rest: Any, **options: Any) -> Any:
+            if call != "open" or second & WRITING:
+                counters[CALLS] += 1
+                if nth == counters[CALLS] or (error == "ENOSPC" and 0 < nth < counters[CALLS]):
+                    if error == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if call == "write":
+                        function(first, second[: len(second) // 2])  # a disk takes a part before it is full
+                    raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+            return function(first, *([] if call == "fsync" else [second]), *rest, **options)
 
-    class File(io.FileIO):
-        def __init__(self, *args: Any):
-            check("open")
-            super().__init__(*args)
+        return wrapper
 
-        def write(self, data: Any) -> int:
-            try:
-                check("write")
-            except OSError:
-                super().write(data[: len(data) // 2])  # a disk takes a part before it is full
-                raise
-            return super().write(data)
-
-    def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
-        if not set(mode) & set("wxa") or (isinstance(file, int) and file < 3):
-            return really_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
-        buffer = io.BufferedWriter(File(file, mode.replace("t", ""), closefd, opener))
-        return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline, buffering == 1)
-
-    really_open, fsync, replace = builtins.open, os.fsync, os.replace
-    builtins.open = io.open = opened
-    os.fsync = lambda *args: (check("fsync"), fsync(*args))[1]
-    os.replace = lambda *args: (check("replace"), replace(*args))[1]
+    builtins.open = io.open = _pyio.open  # Python's own, in Python: it calls os.open and os.write
+    for call in calls:
+        setattr(os, call, checked(call, getattr(os, call)))
 
 
 def record_changes(paths: set[str]) -> None:
     """Add to `paths` what this process makes, opens to write, renames or deletes from now on."""
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
         for name in args[: 1 if writes else EVENTS.get(event, 0)]:
             if not isinstance(name, int):
                 paths.add(os.path.abspath(os.fsdecode(name)))
@@ -122,14 +116,13 @@ def be_child(files: list[Any], cwd: str, environment: dict[str, str], counters: 
     return changed
 
 
-def serve(run: str, argv: list[Any], cwd: str = str(ROOT), ranks: int = 1, kill_after: float = 1e9,
-          kill_ranks: tuple[int, ...] = (0,), calls: tuple[str, ...] = (), nth: int = 0, error: str = "kill",
-          limit: float = 20.0) -> dict[str, Any]:  # fmt: skip
+def serve(run: str, argv: list[Any], **options: Any) -> dict[str, Any]:
     """Start a child for each rank, connected as by torchrun, wait for all, and describe how they ended.
 
-    run, argv: see `call`. The kill_ranks are killed after kill_after seconds. calls, nth, error: see `break_disk`. After
-    `limit` seconds, children hang and are killed.
+    run, argv: see `call`. The other options and their defaults are DEFAULTS.
     """
+    how = DEFAULTS | options
+    ranks, disk = how["ranks"], (how["calls"], how["nth"], how["error"])
     counters, files = memoryview(mmap.mmap(-1, 24)).cast("q"), [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -140,21 +133,24 @@ def serve(run: str, argv: list[Any], cwd: str = str(ROOT), ranks: int = 1, kill_
         if (pid := os.fork()) == 0:
             code = 1
             try:
-                changed = be_child(files, cwd, environment, counters, (calls, nth, error))
+                changed = be_child(files, how["cwd"], environment, counters, disk)
                 code = call(run, argv)
-                os.write(files[2].fileno(), "\0".join(changed).encode(errors="surrogateescape"))
+                os.pwrite(files[2].fileno(), "\0".join(changed).encode(errors="surrogateescape"), 0)
             finally:
                 os._exit(code & 255)
         running[pid] = rank
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+            rank = running.pop(pid)
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            for other in running if codes[rank] else ():
+                os.kill(other, signal.SIGTERM)  # as torchrun does
             continue
         seconds = time.monotonic() - began
-        is_hung = is_hung or seconds > limit
+        is_hung = is_hung or seconds > how["limit"]
         for pid, rank in running.items():
-            if is_hung or (seconds > kill_after and rank in kill_ranks):
+            if is_hung or (seconds > how["kill_after"] and rank in how["kill_ranks"]):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.001)
     out, err, paths = (os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in files)

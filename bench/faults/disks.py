@@ -16,10 +16,10 @@ STRERROR = {"ENOSPC": "No space left on device", "EIO": "Input/output error"}
 def disk(place: Workplace) -> Cases:
     """The disk is full from the nth write on, or the nth fsync or rename fails, for every n of a run and of prepare."""
     for failure, (calls, error) in FAILURES.items():
-        for kind in ("adamw", "tensorboard", "prepare"):
+        for kind in ("adamw", "prepare", "tensorboard")[: place.size(3, 2)]:
             how: dict[str, Any] = {"calls": calls, "error": error}
             case = fail_prepare if kind == "prepare" else partial(fail_run, kind)
-            every = place.size(10 if kind == "tensorboard" else 1, 100 if kind == "tensorboard" else 8)
+            every = place.size(10 if kind == "tensorboard" else 1, 8)
             for nth in range(1, count_calls(place, kind, how) + 1, every):
                 yield f"{kind}-{failure}-{nth}", partial(case, place, how | {"nth": nth})
 
@@ -55,7 +55,7 @@ def fail_run(kind: str, place: Workplace, how: dict[str, Any], folder: Path) -> 
 
 
 def fail_prepare(place: Workplace, how: dict[str, Any], folder: Path) -> Result:
-    """The dataset is the old one or the new one, whole; only where a rename fails may it be refused until it is redone."""
+    """The dataset is the old or the new one, whole; only where a rename fails may it be refused until it is redone."""
     prepare(place, folder, "prose", {})
     end = prepare(place, folder, "words", how)
     problems = [why] if (why := why_no_refusal(end)) else []
