@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench.faults import CAMPAIGNS, campaign, checkpoints, costs, disks, generated, runs
+from bench.faults import CAMPAIGNS, campaign, checkpoints, costs, generated, runs
 from bench.faults.campaign import KINDS, Workplace, differences, run_campaign, why_no_end, why_no_refusal
 from quill import checkpoint
 from quill.data.batches import Batches
@@ -105,7 +105,7 @@ class Script:
     """A Workplace whose processes end as `answers` say: exit codes, first step, last step."""
 
     def __init__(self, *answers):
-        self.answers = [{"codes": [0], "seconds": 1.0, "calls": 9}]  # of the undisturbed run
+        self.answers = [{"codes": [0], "seconds": 1.0, "calls": {"write": 9}}]  # of the undisturbed run
         self.answers += [{"codes": [code], "first": first, "last": last} for code, first, last in answers]
 
     def size(self, full, quick):
@@ -155,7 +155,7 @@ def test_an_executed_pickle_is_counted(place, tmp_path):
         if command == "sample.py":
             (tmp_path / "made").mkdir()
 
-    assert checkpoints.try_pickle(Saboteur(place, spoil), "model", "os.mkdir", tmp_path)["executed"] == 1
+    assert checkpoints.try_pickle(Saboteur(place, spoil), "model", "os.mkdir", "('PATH',)", tmp_path)["executed"] == 1
 
 
 def test_a_lost_checkpoint_and_an_untrue_line_are_counted(place, tmp_path):
@@ -165,7 +165,7 @@ def test_a_lost_checkpoint_and_an_untrue_line_are_counted(place, tmp_path):
                 path.unlink()
 
     how = {"calls": ["fsync"], "error": "EIO", "nth": 9}
-    problems = disks.fail_run("adamw", Saboteur(place, spoil), how, tmp_path)["problems"]
+    problems = runs.fail_run("adamw", Saboteur(place, spoil), how, tmp_path)["problems"]
     assert "not true, with {}" in problems[0] and "there is {}" in problems[1]
 
 
@@ -262,7 +262,7 @@ def test_edits_change_a_checkpoint_and_are_repeatable(place):
 
 def test_regions_cover_a_file(place):
     path = place.finished_run("adamw") / "last.pt"
-    regions = checkpoints.regions(path)
+    regions = checkpoints.regions(path.read_bytes())
     assert regions[0][0] == 0 and regions[-1][1] == path.stat().st_size and len(regions) > 200
     assert all(end == start for (_, end), (start, _) in zip(regions, regions[1:], strict=False))
 

@@ -7,9 +7,8 @@ are faults of quill. A campaign that is interrupted, or started again with the s
 from bench.faults.campaign import Workplace, run_campaign
 from bench.faults.checkpoints import damage, pickles
 from bench.faults.costs import cost, order
-from bench.faults.disks import disk
 from bench.faults.generated import inputs
-from bench.faults.runs import kill, resumes, worlds
+from bench.faults.runs import disk, kill, resumes, worlds
 from bench.measure import Line
 from quill.errors import UserError
 from quill.options import BenchConfig

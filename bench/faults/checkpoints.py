@@ -1,13 +1,14 @@
 """Campaigns about checkpoints: flipped bits, truncations, edits with valid checksums, pickles that would run code."""
 
+import ast
 import contextlib
 import json
 import os
 import pickle
 import pkgutil
 import random
+import re
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def damage(place: Workplace) -> Cases:
     for kind in ("adamw", "muon_ema"):
         path = place.finished_run(kind) / "last.pt"
         data, expected = path.read_bytes(), checkpoint.load(path)
-        for number, (start, end) in list(enumerate(regions(path)))[:: place.size(1, 60)]:
+        for number, (start, end) in list(enumerate(regions(data)))[:: place.size(1, 60)]:
             for seed in range(place.size(2, 1)):
                 yield f"{kind}-flip-{number}-{seed}", partial(try_flip, place, data, expected, start, end, seed)
         for percent in range(0, 100, place.size(1, 50)):
@@ -56,19 +57,13 @@ def damage(place: Workplace) -> Cases:
             yield f"{kind}-edit-{seed}", partial(try_edit, place, path, random.Random(f"{kind}-{seed}"))
 
 
-def regions(path: Path) -> list[tuple[int, int]]:
+def regions(data: bytes) -> list[tuple[int, int]]:
     """The parts of a zip file: each member's header, name and data; the entries of the directory; the end."""
-    cuts = {0, path.stat().st_size}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        at = archive.start_dir
-        for member in archive.infolist():
-            file.seek(member.header_offset + 26)
-            data = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            cuts |= {member.header_offset, member.header_offset + 30, data, data + member.compress_size, at}
-            file.seek(at + 28)
-            at += 46 + sum(struct.unpack("<HHH", file.read(6)))
-    ordered = sorted(cuts | {at})
-    return list(zip(ordered, ordered[1:], strict=False))
+    starts = [match.start() for match in re.finditer(rb"PK[\x01\x03\x05-\x07][\x02\x04\x06-\x08]", data)]
+    headers = [at for at in starts if data[at + 2] == 3]
+    contents = [at + 30 + sum(struct.unpack_from("<HH", data, at + 26)) for at in headers]
+    cuts = sorted({0, len(data), *starts, *(at + 30 for at in headers), *contents})
+    return list(zip(cuts, cuts[1:], strict=False))
 
 
 def try_flip(place: Workplace, data: bytes, expected: Any, start: int, end: int, seed: int, folder: Path) -> Result:
@@ -92,8 +87,8 @@ def try_bytes(place: Workplace, data: bytes, expected: Any, what: str, folder: P
     problems += [f"{name}: {why}" for name, end in (("sample", sample), ("resume", resume)) if (why := why_no_end(end))]
     result = {
         "loaded": int(found == []),
-        "sampled": int(sample["codes"] == [0]),
-        "resumed": int(resume["codes"] == [0]),
+        "sampled": int(not sample["codes"][0]),
+        "resumed": int(not resume["codes"][0]),
     }
     result["refused by all"] = int(not any(result.values()))
     return {**result, "problems": [f"{problem} ({what})" for problem in problems]}
@@ -112,12 +107,15 @@ def load_and_compare(path: str, expected: str) -> list[str] | str:
 
 
 def try_edit(place: Workplace, path: Path, rng: random.Random, folder: Path) -> Result:
-    """An edited file is refused in one line; or its new value is plausible, and it is loaded and used."""
+    """An edited file is refused in one line; or its new value is plausible, and it is loaded and used.
+
+    An optimizer's own settings (param_groups) are not: a resume takes them from the options.
+    """
     state = checkpoint.load(path)
     what, old, new = edit(state, rng)
     torch.save(state, folder / "edited")
     result = try_bytes(place, (folder / "edited").read_bytes(), state, what, folder)
-    if result["loaded"] and result["resumed"] and not is_plausible(old, new):
+    if result["loaded"] and result["resumed"] and not is_plausible(old, new) and "param_groups" not in what:
         result["problems"].append(f"taken in silence: {what}")
     return result
 
@@ -141,17 +139,9 @@ def edit(state: Any, rng: random.Random) -> tuple[str, Any, Any]:
 def near(value: Any) -> Iterator[Any]:
     """Values that resemble `value`: of another type, sign, size, shape or layout."""
     if isinstance(value, torch.Tensor):
-        yield from (
-            value[..., None],
-            value.flatten()[:-1],
-            value * 2,
-            value.tolist(),
-            torch.nn.Parameter(value),
-            [value],
-        )
-        yield from (
-            value.to(kind) for kind in ("meta", torch.float64, torch.bfloat16, torch.int32, torch.bool, torch.cfloat)
-        )
+        kinds = ("meta", torch.float64, torch.bfloat16, torch.int32, torch.bool, torch.cfloat)
+        yield from (value.to(kind) for kind in kinds)
+        yield from (value[..., None], value.flatten()[:-1], value * 2, value.tolist(), torch.nn.Parameter(value))
         yield from (torch.full_like(value, number) for number in (float("nan"), float("inf"), -1, 1e38))
         yield value.to_sparse()
     elif isinstance(value, (int, float)):
@@ -175,34 +165,29 @@ def is_plausible(old: Any, new: Any) -> bool:
 
 # ---------------------------------------------------------------- pickles
 
-CODE = "open({x!r}, 'w').close()"
-HOSTILE: dict[str, tuple[Any, ...]] = {  # functions that make the file or folder {x} when they are called with these
-    **dict.fromkeys(("os.mkdir", "os.makedirs", "os.mkfifo", "logging.FileHandler", "sqlite3.connect"), ("{x}",)),
-    **dict.fromkeys(("os.system", "subprocess.getoutput", "torch.utils.collect_env.run"), ("touch {x}",)),
-    **dict.fromkeys(("subprocess.call", "subprocess.run", "subprocess.check_output"), (["touch", "{x}"],)),
-    **dict.fromkeys(("builtins.open", "io.FileIO", "codecs.open", "zipfile.ZipFile", "tarfile.open"), ("{x}", "w")),
-    **dict.fromkeys(("gzip.open", "bz2.open", "lzma.open", "gzip.GzipFile", "wave.open"), ("{x}", "wb")),
-    **dict.fromkeys(("builtins.eval", "builtins.exec", "cProfile.run", "profile.run", "timeit.timeit"), (CODE,)),
-    **dict.fromkeys(("pathlib.Path.touch", "pathlib.Path.mkdir"), (Path("{x}"),)),
-    "runpy._run_code": (CODE, {}),
-    "os.symlink": ("nowhere", "{x}"),
-    "os.open": ("{x}", os.O_CREAT),
-    "os.spawnvp": (os.P_WAIT, "touch", ["touch", "{x}"]),
-    "pty.spawn": (["touch", "{x}"],),
-    "shutil.copyfile": (__file__, "{x}"),
-    "pathlib.Path.write_text": (Path("{x}"), ""),
-    "numpy.savetxt": ("{x}", [0]),
-    "numpy.memmap": ("{x}", "uint8", "w+", 0, (1,)),
-    "torch.save": (0, "{x}"),
-    "torch.from_file": ("{x}", True, 1),
-}
+# Functions, and arguments with which each of them makes the file or folder PATH.
+HOSTILE = """os.mkdir os.makedirs os.mkfifo logging.FileHandler sqlite3.connect: ('PATH',)
+os.system subprocess.getoutput torch.utils.collect_env.run: ('touch PATH',)
+subprocess.call subprocess.run subprocess.check_output pty.spawn: (['touch', 'PATH'],)
+builtins.open io.FileIO codecs.open zipfile.ZipFile tarfile.open: ('PATH', 'w')
+gzip.open bz2.open lzma.open gzip.GzipFile bz2.BZ2File lzma.LZMAFile wave.open: ('PATH', 'wb')
+builtins.eval builtins.exec cProfile.run profile.run timeit.timeit: ('open("PATH", "w").close()',)
+runpy._run_code: ('open("PATH", "w").close()', {})
+os.symlink: ('nowhere', 'PATH')
+os.open: ('PATH', 64)
+os.spawnvp: (0, 'touch', ['touch', 'PATH'])
+shutil.copyfile shutil.copy: ('/proc/self/status', 'PATH')
+numpy.savetxt: ('PATH', [0])
+numpy.memmap: ('PATH', 'uint8', 'w+', 0, (1,))
+torch.save: (0, 'PATH')
+torch.from_file: ('PATH', True, 1)"""
 WRITERS: dict[str, Callable[[Any, Any], None]] = {  # places for a hostile call in a file
     "model": lambda call, file: torch.save({"format": 2, "model": call}, file),
     "key": lambda call, file: torch.save({call: 1}, file),
     "list": lambda call, file: torch.save({"optimizers": [{"state": {0: call}}]}, file),
     "nested": lambda call, file: torch.save(Call("pickle.loads", (pickle.dumps(call),)), file),
     "map": lambda call, file: torch.save(Call("builtins.list", (Call("builtins.map", (os.mkdir, call.args)),)), file),
-    "torch's old format": lambda call, file: torch.save(call, file, _use_new_zipfile_serialization=False),
+    "old format": lambda call, file: torch.save(call, file, _use_new_zipfile_serialization=False),
     **{f"protocol {n}": lambda call, file, n=n: pickle.dump({"format": 2, "a": call}, file, n) for n in range(6)},
 }
 
@@ -219,22 +204,18 @@ class Call:
 
 def pickles(place: Workplace) -> Cases:
     """Files whose unpickling would run code, 50 kinds, by the function or by the place of the call."""
-    kinds = [("model", name) for name in HOSTILE] + [(where, "os.mkdir") for where in WRITERS if where != "model"]
-    for where, name in kinds[:: place.size(1, 12)]:
-        yield f"{where}-{name}", partial(try_pickle, place, where, name)
+    lines = [line.split(": ", 1) for line in HOSTILE.splitlines()]
+    kinds = [("model", name, args) for names, args in lines for name in names.split()]
+    kinds += [(where, "os.mkdir", "('PATH',)") for where in WRITERS if where != "model"]
+    for where, name, args in kinds[:: place.size(1, 12)]:
+        yield f"{where}-{name}", partial(try_pickle, place, where, name, args)
 
 
-def try_pickle(place: Workplace, where: str, name: str, folder: Path) -> Result:
+def try_pickle(place: Workplace, where: str, name: str, args: str, folder: Path) -> Result:
     """Sampling, resuming and fine-tuning refuse the file and run nothing; a plain unpickling runs it."""
     made, path = str(folder / "made"), folder / "last.pt"
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, (str, Path)):
-            return type(value)(str(value).replace("{x!r}", repr(made)).replace("{x}", made))
-        return type(value)(map(filled, value)) if isinstance(value, (list, tuple)) else value
-
     with open(path, "wb") as file:
-        WRITERS[where](Call(name, filled(HOSTILE[name])), file)
+        WRITERS[where](Call(name, ast.literal_eval(args.replace("PATH", made))), file)
     ends = [place.ask("sample.py", [f"--ckpt={path}"]), place.train(folder, {"init_from": "resume"})]
     ends += [place.train(folder / "new", {"init_from": path})]
     problems, executed = [why for end in ends if (why := why_no_refusal(end))], os.path.lexists(made)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,88 +15,13 @@ from quill.options import RETIRED, PrepareConfig, SampleConfig, TrainConfig
 
 BATCH = 100  # cases that hypothesis generates together
 # Small enough to be done, or too large for any machine: in between, a command may rightly take an hour.
-NUMBERS = (
-    "0",
-    "1",
-    "2",
-    "4",
-    "1e0",
-    "0.5",
-    "0.1",
-    "-1",
-    "1e-46",
-    "1e12",
-    "1e15",
-    "9223372036854775807",
-    "9" * 309,
-    "1e309",
-)
-WORDS = (
-    "",
-    "nan",
-    "-inf",
-    "True",
-    "False",
-    "none",
-    "auto",
-    "x",
-    "cpu",
-    "cuda",
-    "lines",
-    "byte",
-    "muon",
-    "wsd",
-    "words",
-)
-WORDS += (
-    "rope",
-    "swiglu",
-    "rmsnorm",
-    "float32",
-    "bfloat16",
-    "float16",
-    "é\n",
-    "\udcff",
-    "１",
-    "prose",
-    "resume",
-    "1e-3",
-)
-FOLDERS = (
-    "box/a",
-    "box/ü",
-    "box/a b",
-    "box/a\nb",
-    "./box/../box/b",
-    "box/" + "n" * 300,
-    "box/file/x",
-    "/dev/null/x",
-    "",
-)
-LINES = (
-    "raise SystemExit(3)",
-    "1/0",
-    "import nowhere",
-    "x = (",
-    "def f(): pass",
-    "_a = 1",
-    "import os",
-    "\0",
-    "\t1",
-    "",
-)
-LINES += (
-    "raise KeyboardInterrupt",
-    "raise type('E', (BaseException,), {})",
-    "n_layer: int = 1",
-    "seed += 1",
-    "del seed",
-)
-LINES += (
-    "class A:\n  def __repr__(self): raise A\nseed = A()",
-    "seed = seed = 1; n_layer = 1",
-    "(seed, n_head) = 1, 2",
-)
+NUMBERS = f"0 1 2 4 1 2 4 1e0 0.5 0.1 1e-46 -1 1e12 1e15 9223372036854775807 1e309 {'9' * 309}".split()
+WORDS = "nan -inf True False True False none auto x cpu cuda lines byte muon wsd rope swiglu rmsnorm float32 bfloat16"
+WORDS = [*f"{WORDS} float16 １ prose words resume 1e-3 0x10 1_000".split(), "", "é\n", "\udcff", " 1"]
+FOLDERS = f"box/a|box/ü|box/a b|box/a\nb|./box/../box/b|box/{'n' * 300}|box/file/x|/dev/null/x|".split("|")
+LINES = r"""raise SystemExit(3)|1/0|import nowhere|x = (|def f(): pass|_a = 1|import os|\t1||'\0'|seed += 1|del seed
+raise KeyboardInterrupt|raise type('E', (BaseException,), {})|n_layer: int = 1|seed = seed = 1; n_layer = 1
+(seed, n_head) = 1, 2|class A:\n  def __repr__(self): raise A\nseed = A()"""
 FORMS = ("--{}={}", "--{}={}", "--{}={}", "--{}={}", "--{}", "-{}={}", "{}={}")
 # Options that can make a command long, or let it touch other folders, are given last or not at all.
 LAST = {"train": "max_iters=2 sample_tokens=4 compile=False", "sample": "max_new_tokens=4", "prepare": "data_dir=box"}
@@ -127,6 +53,9 @@ def generate(batch: int) -> list[tuple[str, list[str], bytes]]:
     def config(head: bytes, lines: list[str], encoding: str) -> bytes:
         return head + "\n".join(["max_iters = 2", *lines]).encode(encoding, "replace")
 
+    def unescape(line: str) -> str:
+        return line.replace("\\n", "\n").replace("\\0", "\0").replace("\\t", "\t")
+
     text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
     value = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(NUMBERS), st.sampled_from(WORDS), text)
     literal = st.one_of(value.map(repr), st.sampled_from((*NUMBERS, "None", "[1]", "lambda: 1", "10**400", "True")))
@@ -135,7 +64,7 @@ def generate(batch: int) -> list[tuple[str, list[str], bytes]]:
         (b"", b"", b"", b"# coding: latin-1\n", b"\xff\n"),
         ("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"),
     )
-    lines = st.lists(st.one_of(line, line, st.sampled_from(LINES)), max_size=3)
+    lines = st.lists(st.one_of(line, line, st.sampled_from(re.split(r"\||\n", LINES)).map(unescape)), max_size=3)
     code = st.builds(config, st.sampled_from(heads), lines, st.sampled_from(encodings))
     content = st.one_of(st.binary(max_size=200), text.map(lambda t: (t * 40).encode()), st.just(b"ab\r\ncd\n" * 99))
     folder, reading = (

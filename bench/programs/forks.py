@@ -28,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 MEMORY = 8 * 2**30  # bytes of address space of a child: a wild value must end in a line, and not end the machine
-FIRST, LAST, CALLS = range(3)  # counters, which outlive a killed child: its first and last step, its calls to the disk
+FIRST, LAST, CALLS = range(3)  # counters, which outlive a killed child: its first and last step, and its calls of each
+DISK = ("open", "write", "fsync", "replace")  # of these, which change the disk
 DEFAULTS: dict[str, Any] = {
     **{"cwd": str(ROOT), "ranks": 1, "limit": 20.0},  # after `limit` seconds, the children hang and are killed
     **{"kill_after": 1e9, "kill_ranks": [0]},  # seconds, after which these ranks are killed
@@ -39,7 +40,7 @@ EVENTS = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1, "os.re
 
 
 def break_disk(counters: Any, calls: list[str], nth: int, error: str) -> None:
-    """Make the nth of the `calls` (open, write, fsync, replace) fail. error: an errno's name, or kill: end the process.
+    """Make the nth of the `calls` (see DISK) fail. error: an errno's name, or kill: end the process.
 
     A disk that is full, ENOSPC, stays full. With nth = 0 the calls are only counted.
     """
@@ -47,8 +48,8 @@ def break_disk(counters: Any, calls: list[str], nth: int, error: str) -> None:
     def checked(call: str, function: Any) -> Any:
         def wrapper(first: Any, second: Any = 0, *rest: Any, **options: Any) -> Any:
             if call != "open" or second & WRITING:
-                counters[CALLS] += 1
-                if nth == counters[CALLS] or (error == "ENOSPC" and 0 < nth < counters[CALLS]):
+                counters[CALLS + DISK.index(call)] += 1
+                if nth == sum(counters[CALLS:]) or (error == "ENOSPC" and 0 < nth < sum(counters[CALLS:])):
                     if error == "kill":
                         os.kill(os.getpid(), signal.SIGKILL)
                     if call == "write":
@@ -123,7 +124,7 @@ def serve(run: str, argv: list[Any], **options: Any) -> dict[str, Any]:
     """
     how = DEFAULTS | options
     ranks, disk = how["ranks"], (how["calls"], how["nth"], how["error"])
-    counters, files = memoryview(mmap.mmap(-1, 24)).cast("q"), [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
+    counters, files = memoryview(mmap.mmap(-1, 48)).cast("q"), [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -156,7 +157,11 @@ def serve(run: str, argv: list[Any], **options: Any) -> dict[str, Any]:
     out, err, paths = (os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in files)
     answer = {"codes": [codes[rank] for rank in range(ranks)], "is_hung": is_hung, "out": out, "err": err}
     answer |= {"seconds": time.monotonic() - began, "changed": paths.split("\0") if paths else []}
-    return answer | {"first": counters[FIRST], "last": counters[LAST], "calls": counters[CALLS]}
+    return answer | {
+        "first": counters[FIRST],
+        "last": counters[LAST],
+        "calls": dict(zip(DISK, counters[CALLS:], strict=True)),
+    }
 
 
 def main() -> None:
