@@ -8,6 +8,8 @@
     python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
     python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
+    python -m bench faults                          # break quill on purpose: hours; kill, damage … for some of it
+    python -m bench faults kill:adamw-3             # repeat one case
 
 The peer is a checkout of nanoGPT, which is not part of quill. Runs of quill and of the peer alternate, each in a new
 process. A ratio compares a run with the one next to it: absolute times drift from hour to hour, ratios of such runs
@@ -24,6 +26,7 @@ from typing import Any
 
 from bench import peers
 from bench.compare import compare
+from bench.faults import faults
 from bench.generation import generate
 from bench.ladder import ladder
 from bench.measure import Line, hardware
@@ -43,12 +46,13 @@ SPEED = {
     "prepare": peers.prepare,
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
+NAMES = [*SPEED, *EXPERIMENTS, "faults"]
 ALIASES = {"curve": "replay"}  # former names, which still work
 FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment sets for its runs
 
 
-def main(argv: list[str]) -> None:
-    """Run one bench, print its results and write them to `--out_dir`."""
+def main(argv: list[str]) -> int:
+    """Run one bench, print its results and write them to `--out_dir`. → exit code, 1 if faults were found"""
     own, rest = split_flags(argv)
     positional, given = read_args(own, BenchConfig, __doc__)
     name, paths = read_command(positional)
@@ -62,8 +66,9 @@ def main(argv: list[str]) -> None:
     elif rest:
         raise UserError(f"{rest[0]}: not an option of python -m bench {name} (see --help)")
     else:
-        lines = SPEED[name](config)
+        lines = faults(paths, config) if name == "faults" else SPEED[name](config)
     write_report(name, argv, lines, config)
+    return int(any(line.get("problems") for line in lines))
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -80,8 +85,8 @@ def read_command(positional: list[str]) -> tuple[str, list[str]]:
     """
     name, *paths = positional or [""]
     name = ALIASES.get(name, name)
-    if name not in SPEED | EXPERIMENTS:
-        raise UserError(f"give one of {', '.join([*SPEED, *EXPERIMENTS])} (see --help)")
+    if name not in NAMES:
+        raise UserError(f"give one of {', '.join(NAMES)} (see --help)")
     if name in SPEED and paths:
         raise UserError(f"{paths[0]}: python -m bench {name} takes options only (see --help)")
     if name == "compare" and len(paths) != 2:

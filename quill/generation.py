@@ -21,6 +21,7 @@ from torch import nn
 from model import GPT
 from quill.data.batches import derive_seed
 from quill.data.tokenizers import Tokenizer
+from quill.errors import UserError
 from quill.machine import Machine
 from quill.options import TrainConfig
 
@@ -82,7 +83,14 @@ def sample_token(
         drop[:, 0] = False
         ranked = ranked.masked_fill(drop, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    try:
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            "the model's logits are not finite: its weights may be damaged; or try --dtype=float32"
+        ) from None
 
 
 @contextmanager

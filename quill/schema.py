@@ -59,10 +59,7 @@ def with_path(path, check, *args):
 
 def _check_to_sample(state):
     config, vocab_size = _require(state, "config", _is_options, "options"), _count(state, "vocab_size", 1)
-    types_ = option_types(TrainConfig)
-    for key, value in config.items():
-        if key in types_ and not _fits(value, types_[key]):
-            raise Damage(f"config has {key}={_short(value)}, which is not {_name(types_[key])}")
+    _check_options("config", config)
     _count(state, "step", 0)
     _require(state, "best_val_loss", lambda value: isinstance(value, float) and not math.isnan(value), "a number")
     if state["tokenizer"] is not None:
@@ -79,8 +76,16 @@ def _check_to_sample(state):
         _check_weights("ema", state["ema"], expected, tied)
 
 
+def _check_options(name, options):
+    """Every option that this quill knows must have its type."""
+    types_ = option_types(TrainConfig)
+    for key, value in options.items():
+        if key in types_ and not _fits(value, types_[key]):
+            raise Damage(f"{name} has {key}={_short(value)}, which is not {_name(types_[key])}")
+
+
 def _check_to_resume(state):
-    _require(state, "flags", _is_options, "options")
+    _check_options("flags", _require(state, "flags", _is_options, "options"))
     _require(state, "losses", lambda x: isinstance(x, list) and all(map(_is_finite, x)), "finite numbers")
     if len(state["losses"]) > state["step"]:
         raise Damage(f"{len(state['losses'])} losses, but only {state['step']} steps")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import GPT
+from quill.errors import UserError
 from quill.generation import generate, sample_token, stream_tokens
 from quill.options import ModelConfig
 
@@ -134,3 +135,13 @@ def test_top_p_keeps_the_likeliest_and_at_1_everything(device, monkeypatch):
         token = sample_token(logits, top_p=top_p, generator=torch.Generator(device).manual_seed(0))
     assert kept == [50_257, 1]
     assert token.item() == 0
+
+
+def test_logits_that_are_not_finite_are_one_line():
+    """As of weights that are finite, but so large that their products are not."""
+    with pytest.raises(UserError, match="logits are not finite"):
+        sample_token(torch.tensor([[1.0, math.nan, 0.0]]))
+    model = make()
+    torch.nn.init.constant_(model.lm_head.weight, 1e308)
+    with pytest.raises(UserError, match="logits are not finite"):
+        generate(model, tokens(1, 3), 5)

@@ -86,6 +86,7 @@ IN_ANY_CASE = [  # refused when it is sampled from, too
 ON_RESUME = [
     (put("flags", value=["--x"]), "flags must be options, not <list>"),
     (put("flags", "seed", value=[1]), "flags must be options"),
+    (put("flags", "n_head", value="x"), "flags has n_head='x', which is not a whole number"),
     (put("losses", value=[NAN]), "losses must be finite numbers"),
     (put("losses", value=[1.0] * 9), "9 losses, but only 3 steps"),
     (put("seconds", value=-1.0), "seconds must be a number, 0 or more"),
