@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import CAMPAIGNS, campaign, checkpoints, costs, generated, runs
+from faults.campaign import KINDS, Workplace, differences, run_campaign, why_no_end, why_no_refusal
 
 from bench import __main__ as bench
-from bench.faults import CAMPAIGNS, campaign, checkpoints, costs, generated, runs
-from bench.faults.campaign import KINDS, Workplace, differences, run_campaign, why_no_end, why_no_refusal
 from quill import checkpoint
 from quill.data.batches import Batches
 from quill.errors import UserError

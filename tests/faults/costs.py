@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import torch
 
-from bench.faults.campaign import Cases, Result, Workplace
-from bench.measure import flags
+from bench.measure import as_flags
+from faults.campaign import Cases, Result, Workplace
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.batches import Batches
@@ -35,7 +35,7 @@ def cost_case(place: Workplace, folder: Path) -> Result:
     options: dict[str, Any] = {"out_dir": folder, "data_dir": place.config.data_dir}
     if place.config.quick:
         options |= {"data_dir": place.folder / "data", "dataset": "prose", "max_iters": 4, "lr_decay_iters": 100}
-    end = place.ask("train.py", [place.config.recipe, *flags(options)], limit=3600.0)
+    end = place.ask("train.py", [place.config.recipe, *as_flags(options)], limit=3600.0)
     if end["codes"] != [0]:
         raise UserError(end["err"])
     state, path = checkpoint.load(folder / "last.pt"), folder / "saved.pt"

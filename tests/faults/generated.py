@@ -7,11 +7,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bench.faults.campaign import TINY, Cases, Result, Workplace, why_no_end
-from bench.measure import flags
+from bench.measure import as_flags
+from faults.campaign import TINY, Cases, Result, Workplace, why_no_end
 from quill.cli import option_types
 from quill.errors import UserError
-from quill.options import RETIRED, PrepareConfig, SampleConfig, TrainConfig
+from quill.options import NANOGPT_OPTIONS, PrepareConfig, SampleConfig, TrainConfig
 
 BATCH = 100  # cases that hypothesis generates together
 # Small enough to be done, or too large for any machine: in between, a command may rightly take an hour.
@@ -45,7 +45,9 @@ def generate(batch: int) -> list[tuple[str, list[str], bytes]]:
 
     def arguments(schema: Any, *more: Any) -> Any:
         keys = [
-            key for key in (*option_types(schema), *RETIRED.get(schema, {}), "sead", "") if key not in FIXED.split()
+            key
+            for key in (*option_types(schema), *NANOGPT_OPTIONS.get(schema, {}), "sead", "")
+            if key not in FIXED.split()
         ]
         flag = st.builds(str.format, st.sampled_from(FORMS), st.sampled_from(keys), value)
         return st.lists(st.one_of(flag, flag, *more), max_size=2)
@@ -86,7 +88,7 @@ def try_input(place: Workplace, number: int, folder: Path) -> Result:
     cases, data = generate(number // BATCH), place.folder / "data"
     script, argv, content = cases[number % BATCH % len(cases)]
     before = {
-        "train": [*flags(TINY | {"data_dir": data, "out_dir": "box/run"}), *["f"] * bool(content)],
+        "train": [*as_flags(TINY | {"data_dir": data, "out_dir": "box/run"}), *["f"] * bool(content)],
         "sample": [f"--ckpt={place.finished_run('adamw') / 'last.pt'}"],
         "prepare": ["--input=f", "--dataset=mine"],
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import ROOT, Line, flags, read_metrics
+from bench.measure import ROOT, Line, as_flags, read_metrics
 from quill import checkpoint
 from quill.data import token_files
 from quill.errors import UserError
@@ -23,7 +23,7 @@ from quill.options import BenchConfig
 Result = dict[str, Any]  # what a case has counted; its "problems" are faults of quill
 Cases = Iterator[tuple[str, Callable[[Path], Result]]]  # a case's name, and what runs it in an empty folder
 
-CODE = ("*.py", "quill/**/*.py", "bench/faults/*.py", "bench/programs/forks.py")  # what results depend on
+CODE = ("*.py", "quill/**/*.py", "tests/faults/*.py")  # what results depend on
 TINY: dict[str, Any] = {"dataset": "prose", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4}
 TINY |= {"gradient_accumulation_steps": 1, "max_iters": 8, "lr_decay_iters": 200, "warmup_iters": 4, "min_lr": 1e-3}
 TINY |= {"learning_rate": 1e-2, "eval_interval": 4, "log_interval": 4, "device": "cpu", "dtype": "float32"}
@@ -38,7 +38,7 @@ ALL = (*STATE, "best_val_loss", "evals_since_best", "losses", "data_order", "thr
 
 
 class Workplace:
-    """A folder with two small datasets, and the server of forked children, bench/programs/forks.py."""
+    """A folder with two small datasets, and the server of forked children, tests/faults/forks.py."""
 
     def __init__(self, config: BenchConfig):
         self.config, self.folder = config, Path(config.out_dir).resolve() / "faults"
@@ -58,11 +58,11 @@ class Workplace:
         return quick if self.config.quick else full
 
     def ask(self, run: str, argv: list[Any], **how: Any) -> dict[str, Any]:
-        """Run a script in a forked child: see `serve` in bench/programs/forks.py. → how it ended"""
+        """Run a script in a forked child: see `serve` in tests/faults/forks.py. → how it ended"""
         if self.server is None:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-            pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.server = subprocess.Popen([sys.executable, "-m", "bench.programs.forks"], **pipes)
+            pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+            self.server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("forks.py"))], **pipes)
         assert self.server.stdin and self.server.stdout
         print(json.dumps({"run": run, "argv": list(map(str, argv)), **how}), file=self.server.stdin, flush=True)
         return json.loads(self.server.stdout.readline())
@@ -70,7 +70,7 @@ class Workplace:
     def train(self, out_dir: Path, options: dict[str, Any], **how: Any) -> dict[str, Any]:
         """Run train.py with TINY and `options`. → how it ended"""
         return self.ask(
-            "train.py", flags(TINY | {"data_dir": self.folder / "data", "out_dir": out_dir} | options), **how
+            "train.py", as_flags(TINY | {"data_dir": self.folder / "data", "out_dir": out_dir} | options), **how
         )
 
     def finished_run(self, kind: str) -> Path:

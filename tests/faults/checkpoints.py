@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.faults.campaign import Cases, Result, Workplace, differences, why_no_end, why_no_refusal
+from faults.campaign import Cases, Result, Workplace, differences, why_no_end, why_no_refusal
 from quill import checkpoint
 from quill.errors import UserError
 
@@ -79,7 +79,7 @@ def try_bytes(place: Workplace, data: bytes, expected: Any, what: str, folder: P
     path, compare = folder / "last.pt", [folder / "last.pt", folder / "expected"]
     path.write_bytes(data)
     torch.save(expected, folder / "expected")
-    load = place.ask("bench.faults.checkpoints:load_and_compare", compare)
+    load = place.ask("faults.checkpoints:load_and_compare", compare)
     sample = place.ask("sample.py", [f"--ckpt={path}", "--max_new_tokens=2", "--num_samples=1", "--device=cpu"])
     resume = place.train(folder, {"init_from": "resume", "max_iters": 10})
     found = json.loads(load["out"]) if load["codes"] == [0] else [f"load: {why_no_end(load)}"]
@@ -219,7 +219,7 @@ def try_pickle(place: Workplace, where: str, name: str, args: str, folder: Path)
     ends = [place.ask("sample.py", [f"--ckpt={path}"]), place.train(folder, {"init_from": "resume"})]
     ends += [place.train(folder / "new", {"init_from": path})]
     problems, executed = [why for end in ends if (why := why_no_refusal(end))], os.path.lexists(made)
-    place.ask("bench.faults.checkpoints:unpickle", [path])
+    place.ask("faults.checkpoints:unpickle", [path])
     problems += ["executed"] * executed + ["the campaign is wrong: this does nothing"] * (not os.path.lexists(made))
     return {"kinds": 1, "executed": int(executed), "problems": problems}
 

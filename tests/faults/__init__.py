@@ -4,12 +4,12 @@ A campaign is a function that yields cases. A case gets an empty folder and retu
 are faults of quill. A campaign that is interrupted, or started again with the same code, continues from its journal.
 """
 
-from bench.faults.campaign import Workplace, run_campaign
-from bench.faults.checkpoints import damage, pickles
-from bench.faults.costs import cost, order
-from bench.faults.generated import inputs
-from bench.faults.runs import disk, kill, resumes, worlds
 from bench.measure import Line
+from faults.campaign import Workplace, run_campaign
+from faults.checkpoints import damage, pickles
+from faults.costs import cost, order
+from faults.generated import inputs
+from faults.runs import disk, kill, resumes, worlds
 from quill.errors import UserError
 from quill.options import BenchConfig
 

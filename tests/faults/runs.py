@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.faults.campaign import KINDS, STATE, TINY, Cases, Result, Workplace, runs_differ, why_no_end, why_no_refusal
-from bench.programs.forks import DISK
+from faults.campaign import KINDS, STATE, TINY, Cases, Result, Workplace, runs_differ, why_no_end, why_no_refusal
+from faults.forks import DISK
 from quill import checkpoint
 from quill.data.token_files import open_dataset
 from quill.errors import UserError

@@ -169,7 +169,7 @@ def main() -> None:
     modules = [
         path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in ROOT.glob("quill/**/*.py")
     ]
-    for name in (*modules, "model", "numpy", "torch._dynamo", "torch.utils.tensorboard.writer", "bench.faults"):
+    for name in (*modules, "model", "numpy", "torch._dynamo", "torch.utils.tensorboard.writer", "faults"):
         importlib.import_module(name.removesuffix(".__init__"))
     for line in sys.stdin:
         print(json.dumps(serve(**json.loads(line))), flush=True)
