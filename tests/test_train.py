@@ -131,7 +131,7 @@ def test_a_signal_during_the_final_samples_ends_the_run(flags, number):
     """They come after the last save, so there is nothing to wait for."""
     code = (
         "import os, sys, train\nfrom quill import observers\nfrom quill.cli import run\n"
-        f"observers.draw_samples = lambda *args: os.kill(os.getpid(), {number:d})\nrun(train.main)\n"
+        f"observers.draw_samples = lambda *args: args[2] and os.kill(os.getpid(), {number:d}) or []\nrun(train.main)\n"
     )
     argv = [sys.executable, "-c", code, *flags(max_iters=2, final_samples=1)]
     done = subprocess.run(argv, cwd=os.path.dirname(train.__file__), capture_output=True, text=True)
@@ -525,7 +525,6 @@ def test_a_checkpoint_older_than_an_option_has_its_default(flags, tmp_path):
         ({"dry_run": True, "n_embd": 10**10, "n_head": 1, "mlp_ratio": 0}, "is out of memory"),
         ({"dry_run": True, "mlp_ratio": 1e200}, "--mlp_ratio=1e\\+200 × --n_embd=16 makes the MLP too wide"),
         ({"batch_size": 10**12}, "too many sequences in a step"),
-        ({"batch_size": 10**8}, "is out of memory"),
         ({"gradient_accumulation_steps": 10**23}, "--gradient_accumulation_steps=1000.*: must be a finite number"),
     ],
 )
