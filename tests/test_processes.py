@@ -33,12 +33,12 @@ def losses(folder):
         return [(float(row["train_loss"]), float(row["val_loss"])) for row in csv.DictReader(file)]
 
 
-def test_a_run_killed_20_times_ends_as_the_undisturbed_one(flags, tmp_path):
+def test_a_run_killed_10_times_ends_as_the_undisturbed_one(flags, tmp_path):
     options = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 4, "dropout": 0.1, "optimizer": "muon"}
     command("train.py", *flags(**options, out_dir=tmp_path / "whole"), check=0)  # the same number of threads
     killed = flags(**options, out_dir=tmp_path / "killed", init_from="auto")
-    done = command("tests/killed_run.py", 20, 1, *killed, check=0)
-    assert "killed 20 times" in done.stdout and done.stderr == ""
+    done = command("tests/killed_run.py", 10, 1, *killed, check=0)
+    assert "killed 10 times" in done.stdout and done.stderr == ""
     whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
     assert parts["step"] == 400
     assert all(torch.equal(weight, whole["model"][name]) for name, weight in parts["model"].items())
@@ -97,7 +97,7 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
         assert exit_code == "exit code 2"
 
 
-@pytest.mark.parametrize("limit", [9000, 60])
+@pytest.mark.parametrize("limit", [9000, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit):
     """A limit of the file size is used as a full disk: the second save fails halfway, or the second row before it."""
     code = (

@@ -83,6 +83,7 @@ def test_a_run_goes_on_after_its_ranks_are_killed(flags, tmp_path, killed):
     assert_trained_like(tmp_path / "run", tmp_path / "whole", atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "killed", [None, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)]
 )
