@@ -98,7 +98,9 @@ class CausalSelfAttention(nn.Module):
         q, k = self.qk_norm(q), self.qk_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return q.type_as(v), k.type_as(v), v  # under autocast, the norm and the rotation return float32
+        if q.dtype != v.dtype:  # under autocast, the norm and the rotation return float32
+            q, k = q.type_as(v), k.type_as(v)
+        return q, k, v
 
     def attend(self, q, k, v):
         """softmax(q kᵀ / √D + causal mask) v, with dropout on the weights. (B, H, T, D)"""
