@@ -40,10 +40,7 @@ def test_ctrl_c_during_the_imports_is_silent(script):
 def test_closed_and_full_streams(flags, tmp_path):
     """A run trains without a stdout or a stderr, and a full stdout is one line."""
     argv = " ".join(flags(max_iters=2))
-    assert shell(f"$PY train.py {argv} >&-").returncode == 0
-    done = shell(f"$PY train.py {argv} --overwrite=True 2>&-")
-    assert done.returncode == 0
-    assert "step 2/2" in done.stdout
+    assert shell(f"$PY train.py {argv} >&- 2>&-").returncode == 0
     done = shell(f"$PY train.py {argv} --overwrite=True >/dev/full")
     assert done.returncode == 2
     assert done.stderr == "train.py: can't write to stdout: No space left on device\n"

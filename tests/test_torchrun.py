@@ -71,7 +71,8 @@ def test_two_ranks_train_as_one(flags, tmp_path, dataset):
     assert done.stdout.count("step 40: train loss") == 1  # rank 0 alone prints
 
 
-@pytest.mark.parametrize("killed", [[1], pytest.param([1, 0, 0], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [[1], [1, 0, 0]])
 def test_a_run_goes_on_after_its_ranks_are_killed(flags, tmp_path, killed):
     options = {"eval_interval": 5, "dataset": "words"}
     assert train.main(flags(**options, out_dir=tmp_path / "whole")) == 0
@@ -146,7 +147,8 @@ def test_an_error_on_a_rank_ends_all_with_one_line(flags, tmp_path, errors):
         assert ("Traceback" in run["stderr"]) == ("bug" in run["fault"]) == bool(before), run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_saves(flags, tmp_path, number):
     with ExitStack() as stack:
         process = start(stack, *ONE_NODE, "train.py", *flags(max_iters=100_000))
