@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
     text, ids, characters = encode_text(tokenizer, config, is_score, path)
-    machine = pick_machine(config, saved_threads=state.get("threads"))
+    machine = pick_machine(config)
     with memory_limits(machine):
         # The weights themselves are converted to machine.dtype: most of the time per token goes into reading them.
         model = cpu.speed_up(checkpoint.load_model(state).to(machine.device, machine.dtype))

@@ -225,7 +225,8 @@ def main(argv: list[str]) -> int:
         if not (given.get("eval_only") or given.get("dry_run")):
             group.on_rank_0(stack.enter_context, folder.locked())
         config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags, folder)
-        machine = group.on_all_ranks(pick_machine, config, group, saved and saved.get("threads"))
+        threads = saved["threads"] if saved and config.init_from == "resume" else None
+        machine = group.on_all_ranks(pick_machine, config, group, threads)
         with memory_limits(machine):
             return launch(config, flags, saved, machine, folder)
 

@@ -217,7 +217,10 @@ class SystemConfig(Checked):
 
     device: str = option("auto", "auto | cpu | cuda | cuda:1 | mps")
     threads: int | Literal["auto"] = option(
-        "auto", "CPU threads; auto is OMP_NUM_THREADS, else a resumed run's, else one for each core", at_least=1
+        "auto",
+        "CPU threads; auto is OMP_NUM_THREADS, else a resumed run's, else one for each core",
+        at_least=1,
+        below=4097,
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type of matrix products")
 

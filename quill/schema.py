@@ -95,7 +95,7 @@ def _check_to_resume(state):
     _require(state, "optimizers", lambda x: isinstance(x, list) and all(isinstance(o, dict) for o in x), "states")
     _require(state, "data_order", lambda value: type(value) is int and value in (1, 2), "1 or 2")
     if state["threads"] is not None:
-        _count(state, "threads", 1)
+        _require(state, "threads", lambda value: type(value) is int and 1 <= value <= 4096, "from 1 to 4096")
 
 
 def _check_moments(optimizer, saved, step):

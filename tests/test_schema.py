@@ -101,7 +101,7 @@ ON_RESUME = [
     (put("optimizers", 0, "param_groups", value=[]), "groups are not this run's"),
     (put("optimizers", 0, "param_groups", 0, "params", value=["x"] * 9), "groups"),
     (put("data_order", value=3), "data_order must be 1 or 2, not 3"),
-    (put("threads", value=0), "threads must be a whole number from 1"),
+    (put("threads", value=0), "threads must be from 1 to 4096, not 0"),
     (drop("losses"), "not a whole checkpoint: losses missing"),
 ]
 
