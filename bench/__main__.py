@@ -6,6 +6,7 @@
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
     python -m bench start                           # time from the command to the first step, without `import torch`
     python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
+    python -m bench threads                         # --threads=auto beside one thread and all, quiet and busy
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
     python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
     python -m bench faults                          # break quill on purpose: hours; kill, damage … for some of it
@@ -32,6 +33,7 @@ from bench.generation import generate
 from bench.ladder import ladder
 from bench.measure import ROOT, Line, hardware
 from bench.replay import replay
+from bench.threads import threads
 from quill.cli import read_args, run
 from quill.errors import UserError
 from quill.files import replacing
@@ -45,6 +47,7 @@ SPEED = {
     "generate": generate,
     "start": peers.start,
     "prepare": peers.prepare,
+    "threads": threads,
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
 NAMES = [*SPEED, *EXPERIMENTS, "faults"]

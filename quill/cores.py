@@ -1,18 +1,38 @@
 """The cores that a process may use, and how busy they are. Standard library only: quill/start.py asks before torch."""
 
+import math
 import os
 import time
+from functools import cache
 
 MOMENT = 0.05  # seconds over which the use of the cores is measured
+LONGER = 0.3  # the same, for a second look at a busy machine: a command that has just ended is not counted
+BUSY = 0.5  # cores that other programs use, from which the machine counts as busy
 
 
+@cache
 def cores_in_use() -> float:
-    """Return how many of the cores that this process may use are in use now, by any program. 0 if that is not known."""
+    """Return how many of the cores that this process may use other programs use. 0 if that is not known.
+
+    It is measured at the first call, while this process sleeps.
+    """
+    used = _measure(MOMENT)
+    return used if used < BUSY else min(used, _measure(LONGER))
+
+
+def free_cores() -> int:
+    """Return the number of cores, at least 1, that this process can use beside the other programs."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    used = cores_in_use()
+    return max(1, min(mine if used < BUSY else math.floor(mine - used + 0.5), math.ceil(min(cpu_quota(), mine))))
+
+
+def _measure(seconds):
     try:
         mine = os.sched_getaffinity(0)
         before = _idle_seconds(mine)
         began = time.monotonic()
-        time.sleep(MOMENT)
+        time.sleep(seconds)
         idle = _idle_seconds(mine) - before
         return max(0.0, len(mine) - idle / (time.monotonic() - began))
     except (AttributeError, OSError, ValueError, IndexError):  # not Linux

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from quill.cli import note
-from quill.cores import cpu_quota
+from quill.cores import free_cores
 from quill.distributed import ProcessGroup
 from quill.errors import UserError
 
@@ -150,7 +149,9 @@ def set_threads(option: int | str, saved: int | None = None) -> str:
     elif saved is not None:
         threads, reason = saved, "as in the checkpoint"
     else:
-        threads, reason = min(torch.get_num_threads(), math.ceil(min(cpu_quota(), 2.0**16))), "one for each core"
+        threads, reason = torch.get_num_threads(), "one for each core"
+        if threads > 1 and free_cores() < threads:
+            threads, reason = free_cores(), "the other cores are in use, or not granted"
     torch.set_num_threads(threads)
     if threads > 1 and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
         reason += "; they wait passively, because other programs use the cores"

@@ -218,7 +218,7 @@ class SystemConfig(Checked):
     device: str = option("auto", "auto | cpu | cuda | cuda:1 | mps")
     threads: int | Literal["auto"] = option(
         "auto",
-        "CPU threads; auto is OMP_NUM_THREADS, else a resumed run's, else one for each core",
+        "CPU threads; auto is OMP_NUM_THREADS, else a resumed run's, else one for each core that is free",
         at_least=1,
         below=4097,
     )

@@ -27,10 +27,9 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 import sys  # noqa: E402 - as little as possible before the handler
 
-from quill.cores import cores_in_use, cpu_quota  # noqa: E402
+from quill.cores import BUSY, cores_in_use, cpu_quota  # noqa: E402
 
 SPINS = "10000"  # of a waiting thread before it sleeps, on a quiet machine: measured in docs/records/
-BUSY = 0.5  # cores that other programs use, from which the machine counts as busy
 
 
 def open_closed_streams() -> None:
