@@ -82,6 +82,32 @@ def test_autocast_computes_in_the_dtype():
             assert linear(x).dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "option, environment, saved, free, threads, reason",
+    [
+        ("auto", {}, None, 4, 4, "one for each core"),
+        ("auto", {}, None, 9, 4, "one for each core"),  # torch takes one for each core without hyperthreads
+        ("auto", {}, None, 1, 1, "other cores are in use"),
+        ("auto", {}, 3, 1, 3, "as in the checkpoint"),
+        ("auto", {"OMP_NUM_THREADS": "4"}, 3, 1, 4, "OMP_NUM_THREADS"),
+        (2, {"OMP_NUM_THREADS": "4"}, 3, 1, 2, "--threads=2"),
+    ],
+)
+def test_the_number_of_threads(option, environment, saved, free, threads, reason, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # what torch has chosen, from the cores or OMP_NUM_THREADS
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(module, "free_cores", lambda: free)
+    assert reason in module.set_threads(option, saved)
+    assert taken == [threads]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert ("they wait passively" in module.set_threads(option, saved)) == (threads > 1)
+
+
 def test_seeding_repeats():
     machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
     drawn = []

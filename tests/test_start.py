@@ -1,5 +1,6 @@
 """start.py and the streams of a script: what happens before torch is imported, and where messages go."""
 
+import math
 import os
 import signal
 import subprocess
@@ -84,20 +85,45 @@ def test_threads_wait_passively_only_where_others_need_the_cores():
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the use of cores is measured on Linux only")
 def test_the_use_of_the_cores_is_measured():
     """A program that spins on one of this process's cores is seen."""
-    quiet = cores.cores_in_use()
+    quiet = cores._measure(0.05)
     core = min(os.sched_getaffinity(0))
     code = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
     spinning = subprocess.Popen([sys.executable, "-c", code])
     try:
         time.sleep(0.3)
         os.sched_setaffinity(0, {core})
-        busy = cores.cores_in_use()
+        busy = cores._measure(0.3)
     finally:
         os.sched_setaffinity(0, range(os.cpu_count()))
         spinning.kill()
         spinning.wait()
     assert 0.7 < busy <= 1
     assert 0 <= quiet <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "used, quota, free",
+    [(0, math.inf, 4), (0.4, math.inf, 4), (0.6, math.inf, 3), (1.4, math.inf, 3), (3.9, math.inf, 1), (0, 0.5, 1)]
+    + [(0, 2.5, 3), (2, 3, 2), (9, math.inf, 1)],
+)
+def test_free_cores(used, quota, free, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
+    monkeypatch.setattr(cores, "cores_in_use", lambda: used)
+    monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
+    assert cores.free_cores() == free
+
+
+def test_a_command_that_has_just_ended_is_not_counted(monkeypatch):
+    """A first look that finds the machine busy is followed by a longer one; both are taken once in a process."""
+    found = {cores.MOMENT: 1.0, cores.LONGER: 0.2}
+    looks = []
+    monkeypatch.setattr(cores, "_measure", lambda seconds: looks.append(seconds) or found[seconds])
+    cores.cores_in_use.cache_clear()
+    try:
+        assert (cores.cores_in_use(), cores.cores_in_use()) == (0.2, 0.2)
+        assert looks == [cores.MOMENT, cores.LONGER]
+    finally:
+        cores.cores_in_use.cache_clear()
 
 
 def test_a_quota_is_read(monkeypatch):

@@ -267,6 +267,18 @@ def test_fine_tuning_starts_from_the_weights_alone(flags, tmp_path, capsys):
         train.main([*flags(), "--init_from=nowhere.pt", "--overwrite=True"])
 
 
+def test_only_a_resume_keeps_the_number_of_threads(flags, tmp_path, monkeypatch):
+    """A fine-tuned run may be on another machine; the number decides how sums are rounded, so a resume keeps it."""
+    run(flags(max_iters=2))
+    assert last(flags())["threads"] == torch.get_num_threads()
+    kept = []
+    monkeypatch.setattr(train, "pick_machine", lambda c, group, saved: kept.append(saved) or pick_machine(c, group))
+    run(flags(max_iters=3, init_from="resume"))
+    run(flags(max_iters=2, init_from=f"{out_dir(flags())}/last.pt", out_dir=tmp_path / "tuned"))
+    run(flags(max_iters=2, out_dir=tmp_path / "new"))
+    assert kept == [torch.get_num_threads(), None, None]
+
+
 def test_eval_only_gives_the_checkpoints_loss(flags, capsys):
     run(flags())
     capsys.readouterr()

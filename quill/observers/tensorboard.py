@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -52,6 +53,8 @@ class TensorBoard(Observer):
         # This hook runs after clipping, and before the gradients are deleted.
         state.optimizers[0][0].register_step_pre_hook(self._keep_gradients)
 
+        # TensorBoard writes in a thread, which keeps its error for the next call and prints a traceback as well.
+        self.hook_before, threading.excepthook = threading.excepthook, self._report_thread
         self.folder = Path(self.config.out_dir) / "tensorboard"
         options = {name: value for name, value in asdict(self.config).items() if value is not None}
         options = {name: str(value) if isinstance(value, bool) else value for name, value in options.items()}
@@ -76,6 +79,10 @@ class TensorBoard(Observer):
             yield
         except OSError as error:
             raise UserError(f"can't write {self.folder}: {error.strerror or error}; try --tensorboard=False") from None
+
+    def _report_thread(self, args):
+        if not isinstance(args.exc_value, OSError):
+            self.hook_before(args)
 
     @torch.no_grad()
     def _keep_gradients(self, optimizer, args, kwargs):
@@ -123,6 +130,7 @@ class TensorBoard(Observer):
         with self._writing():
             self._add_summary(self.writer, self.end, self.progress.step)
             self.writer.close()
+        threading.excepthook = self.hook_before
 
     @staticmethod
     def _add_summary(writer, summary, step):
