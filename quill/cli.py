@@ -135,10 +135,12 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
     return positional, flags
 
 
-def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
+def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Run a config file and return the options that it assigns, checked against `schema`.
 
-    The file runs in a new namespace. Names with a leading underscore, modules and functions are not options.
+    The file runs in a new namespace. Names with a leading underscore, modules and functions are not options. `base`
+    names another config file in the same folder, whose options hold where this file has none; `readers` are the files
+    whose base is being read.
 
     Raises:
         UserError: the file has a mistake. The message has the file's name and the line.
@@ -154,12 +156,22 @@ def read_config_file(path: str | Path, schema: type[Checked]) -> dict[str, Any]:
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
-    values = {}
+    base = names.pop("base", None)
+    values = {} if base is None else _read_base(base, path, schema, (*readers, path.resolve()))
     for key, value in sorted(names.items(), key=lambda item: item[0] in NANOGPT_OPTIONS.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         values.update(resolve_option(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
     return values
+
+
+def _read_base(base, path, schema, readers):
+    where = f"{path}, line {_line_of('base', path)}: base"
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f"{where} is {_as_text(base, repr)}; name a config file in the same folder")
+    if (path.parent / base).resolve() in readers:
+        raise UserError(f"{where} = {base} leads back to {base}")
+    return read_config_file(path.parent / base, schema, readers)
 
 
 def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:

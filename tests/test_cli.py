@@ -221,6 +221,33 @@ def test_contrived_config_files(tmp_path, source, words):
         read_config_file(path, TrainConfig)
 
 
+def test_a_base_holds_where_a_config_file_has_no_option(tmp_path):
+    (tmp_path / "a.py").write_text("n_layer = 3\nn_head = 2\nn_embd = 8\n", encoding="utf-8")
+    (tmp_path / "b.py").write_text("base = 'a.py'\nn_layer = 5\n", encoding="utf-8")
+    (tmp_path / "c.py").write_text("n_head = 4\nbase = 'b.py'\n", encoding="utf-8")
+    assert read_config_file(tmp_path / "c.py", TrainConfig) == {"n_layer": 5, "n_head": 4, "n_embd": 8}
+
+
+@pytest.mark.parametrize(
+    "base, words",
+    [
+        ("'nowhere.py'", "mine.py, line 2: base is 'nowhere.py'; name a config file in the same folder"),
+        ("3", "mine.py, line 2: base is 3; name a config file"),
+        ("''", "mine.py, line 2: base is ''; name a config file"),
+        ("'mine.py'", "mine.py, line 2: base = mine.py leads back to mine.py"),
+        ("'round.py'", "round.py, line 1: base = mine.py leads back to mine.py"),
+        ("'typo.py'", "typo.py, line 1: there is no option n_layers"),
+    ],
+)
+def test_mistakes_in_a_base(tmp_path, base, words):
+    (tmp_path / "round.py").write_text("base = 'mine.py'\n", encoding="utf-8")
+    (tmp_path / "typo.py").write_text("n_layers = 3\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(f"n_layer = 3\nbase = {base}\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_config_file(tmp_path / "mine.py", TrainConfig)
+    assert words in str(error.value)
+
+
 def test_a_config_file_can_be_interrupted(tmp_path):
     path = tmp_path / "run.py"
     path.write_text("raise KeyboardInterrupt\n", encoding="utf-8")
