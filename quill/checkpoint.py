@@ -89,6 +89,8 @@ def _read(path):
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has advice for some files that are no checkpoints
             damaged = archive.testzip()  # torch does not verify the checksums that it writes
+            if any(member.external_attr for member in archive.infolist()):
+                raise ValueError("torch writes none, and takes a member that is marked as a folder for empty")
             if damaged is None:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import zipfile
 
 import pytest
@@ -62,6 +63,28 @@ def test_any_damaged_byte_or_length_is_noticed(path):
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused(path, "truncated, damaged, or not a checkpoint")
+
+
+def test_a_damaged_directory_changes_no_weight(path):
+    """Every bit of the lengths, attributes and place that the archive's directory has for a member. One of them marks a
+    file as a folder: torch reads it as empty, and leaves zeros in its tensor.
+    """
+    whole, right, refusals = path.read_bytes(), checkpoint.load(path)["model"], 0
+    with zipfile.ZipFile(path) as archive:
+        names = [entry.filename for entry in archive.infolist()]
+    number = names.index(next(name for name in names if name.endswith("/data/1")))
+    entries = [match.start() for match in re.finditer(rb"PK\x01\x02", whole)]
+    for bit in range((entries[number] + 28) * 8, (entries[number] + 46) * 8):  # behind the size, before the name
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = checkpoint.load(path)["model"]
+        except UserError:
+            refusals += 1
+        else:
+            assert all(torch.equal(loaded[key], value) for key, value in right.items())
+    assert refusals > 50
 
 
 def test_foreign_files(tmp_path):
