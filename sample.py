@@ -112,12 +112,11 @@ def as_given(key: str, value: str) -> str:
     return f"--{key}={value if len(value) <= 80 or value.startswith('FILE:') else value[:79] + '…'}"
 
 
-def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path: Path) -> tuple[str, np.ndarray, int]:
+def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path: Path) -> tuple[np.ndarray, str]:
     """Read the text of --score or --start and encode it.
 
     Returns:
-        The text, its ids (T,) and its number of characters. With --score, ids and characters are those that
-        quill/scoring.py counts.
+        The ids (T,) and the text. With --score, they are those that quill/scoring.py scores.
 
     Raises:
         UserError: there is nothing to score, or the vocabulary of the checkpoint `path` lacks a character.
@@ -128,11 +127,10 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path
     if is_score and not scoring.split_documents(text, tokenizer):
         raise UserError(f"{given}: there is no text to score")
     try:
-        ids, characters = scoring.encode(text, tokenizer) if is_score else (tokenizer.encode(text), len(text))
+        return scoring.encode(text, tokenizer) if is_score else (tokenizer.encode(text), text)
     except UserError as error:
         reason = f"the vocabulary of {path} has only the characters of its training text"
         raise UserError(f"{given}: {error}; {reason}") from None
-    return text, ids, characters
 
 
 def sample(
@@ -175,11 +173,11 @@ def sample(
 
 
 def print_score(
-    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, characters: int, config: SampleConfig, machine: Machine
+    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, text: str, config: SampleConfig, machine: Machine
 ) -> None:
-    """Print how likely the model finds `ids` (T,): a table line by line, or with --json one JSON object."""
+    """Print how likely the model finds `text`, whose ids are `ids` (T,): a table, or with --json one JSON object."""
     rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)
-    lines = [scoring.to_json(rows, characters)] if config.json else scoring.table(rows, tokenizer, characters)
+    lines = [scoring.to_json(rows, text)] if config.json else scoring.table(rows, tokenizer, text)
     for line in lines:
         print(line)
 
@@ -196,13 +194,13 @@ def main(argv: list[str]) -> None:
     path = find_checkpoint(config)
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
-    text, ids, characters = encode_text(tokenizer, config, is_score, path)
+    ids, text = encode_text(tokenizer, config, is_score, path)
     machine = pick_machine(config)
     with memory_limits(machine):
         # The weights themselves are converted to machine.dtype: most of the time per token goes into reading them.
         model = cpu.speed_up(checkpoint.load_model(state).to(machine.device, machine.dtype))
         if is_score:
-            print_score(model, tokenizer, ids, characters, config, machine)
+            print_score(model, tokenizer, ids, text, config, machine)
         else:
             sample(model, tokenizer, text, config, machine, write_at_once)
 

@@ -55,13 +55,13 @@ def split_documents(text: str, tokenizer: Tokenizer) -> list[str]:
     return [text] if text else []
 
 
-def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
     """Encode `text` for `score`.
 
     Returns:
-        The ids, uint32, and the number of characters. The first id is context only. The final BOS of documents is not
-        among the ids, because `Batches` adds it. The end of a document counts as a character, the newline that BOS
-        replaces; with a token per character, bits per character are then the mean loss / ln 2.
+        The ids, uint32, and the text that is scored. The first id is context only. The final BOS of documents is not
+        among the ids, because `Batches` adds it. In the text, the end of a document is a character, the newline that
+        BOS replaces; with a token per character, bits per character are then the mean loss / ln 2.
 
     Raises:
         UserError: the vocabulary lacks a character.
@@ -71,7 +71,7 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
         ids = tokenizer.encode(text)
     else:
         ids = np.concatenate([tokenizer.prompt(""), tokenizer.encode(text)])
-    return ids.astype(np.uint32), len(text)
+    return ids.astype(np.uint32), text
 
 
 @torch.inference_mode()
@@ -110,16 +110,24 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def totals(losses: list[float], characters: int) -> dict[str, float]:
-    """Sum up the `losses` of a text's tokens (nats): total, mean per token, perplexity, bits per character."""
+def bits_per_byte(loss: float, n_bytes: float) -> float:
+    """Return a loss in nats, of `n_bytes` bytes of text, as bits per byte; nan without bytes."""
+    return loss / math.log(2) / n_bytes if n_bytes else math.nan
+
+
+def totals(losses: list[float], text: str) -> dict[str, float]:
+    """Sum up the `losses` of the tokens of `text` (nats): total, mean per token, perplexity, bits per character."""
     total, mean = math.fsum(losses), math.fsum(losses) / len(losses)
+    n_bytes = len(text.encode("utf-8", "surrogatepass"))
     return {
         "tokens": len(losses),
-        "characters": characters,
+        "characters": len(text),
         "total_loss": total,
         "mean_loss": mean,
         "perplexity": perplexity(mean),
-        "bits_per_character": total / math.log(2) / characters,
+        "bits_per_character": total / math.log(2) / len(text),
+        "bytes": n_bytes,
+        "bits_per_byte": bits_per_byte(total, n_bytes),
     }
 
 
@@ -173,7 +181,7 @@ def pad(text: str, columns: int) -> str:
     return " " * (columns - width(text)) + text
 
 
-def table(rows: Iterable[Row], tokenizer: Tokenizer, characters: int) -> Iterator[str]:
+def table(rows: Iterable[Row], tokenizer: Tokenizer, text: str) -> Iterator[str]:
     """Yield the lines of a table: a header, a line for each of `rows` as soon as it is known, then the totals."""
     token = max(map(width, token_names(tokenizer)))
     likeliest = f"the {SHOWN} likeliest next tokens, with probabilities"
@@ -188,21 +196,22 @@ def table(rows: Iterable[Row], tokenizer: Tokenizer, characters: int) -> Iterato
         p = row.probability
         p = f"{p:.4f}" if p >= 5e-5 else f"{p:.0e}"
         yield f"{pad(row.context, CONTEXT_WIDTH)}  {cells}  {pad(row.token, last)}  {p:>6}  {row.loss:7.3f}"
-    values = totals(losses, characters)
+    values = totals(losses, text)
     ends = f", counting the end ({END}) of each document" if tokenizer.is_documents else ""
     yield ""
     yield f"{'total loss':20}{values['total_loss']:.4f} nats over {values['tokens']:,} tokens"
     yield f"{'mean loss':20}{values['mean_loss']:.4f} nats a token"
     yield f"{'perplexity':20}{values['perplexity']:.4f}"
-    yield f"{'bits per character':20}{values['bits_per_character']:.4f} over {characters:,} characters{ends}"
+    yield f"{'bits per character':20}{values['bits_per_character']:.4f} over {values['characters']:,} characters{ends}"
+    yield f"{'bits per byte':20}{values['bits_per_byte']:.4f} over {values['bytes']:,} bytes of UTF-8"
 
 
-def to_json(rows: Iterable[Row], characters: int) -> str:
-    """Make one JSON object of the totals and `rows`. A perplexity that is too large for a float is null."""
+def to_json(rows: Iterable[Row], text: str) -> str:
+    """Make one JSON object of the totals and `rows` of `text`. A perplexity that is too large for a float is null."""
     objects = [asdict(row) for row in rows]
     for row in objects:
         row["likeliest"] = [{"token": name, "probability": p} for name, p in row["likeliest"]]
-    values: dict[str, Any] = totals([row["loss"] for row in objects], characters)
+    values: dict[str, Any] = totals([row["loss"] for row in objects], text)
     if math.isinf(values["perplexity"]):
         values["perplexity"] = None
     return json.dumps(values | {"rows": objects}, ensure_ascii=False, allow_nan=False)

@@ -8,6 +8,7 @@ import torch
 
 from quill.data import batches as module
 from quill.data.batches import Batches, derive_seed, stream_offset
+from quill.data.token_files import open_dataset, prepare
 
 CPU = torch.device("cpu")
 
@@ -201,3 +202,37 @@ def test_seeds_are_distinct_and_stable():
     seeds = {derive_seed(purpose, seed, step) for purpose in "ab" for seed in range(30) for step in range(300)}
     assert len(seeds) == 2 * 30 * 300
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+TEXT = "naïve Straße 日本語 🙂\nzwei\n\nÄrger\n" * 40
+
+
+@pytest.mark.parametrize("is_documents", [False, True])
+@pytest.mark.parametrize("kind", ["char", "byte"])
+@pytest.mark.parametrize("cap", [None, 1, 5])
+def test_bytes_per_token_are_those_of_the_validation_text(tmp_path, monkeypatch, kind, is_documents, cap):
+    """Of the UTF-8 of exactly the predicted tokens, also if an evaluation is capped, and in pieces of seven tokens."""
+    monkeypatch.setattr(module, "COUNTED", 7)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    prepare(tmp_path / "text.txt", tmp_path / "it", kind, is_documents)
+    data = open_dataset(tmp_path, "it")
+    got = make(data.val, data.tokenizer.bos).bytes_per_token(data.tokenizer.token_bytes(), cap)
+    targets = np.append(data.val[1:], data.val[:1]) if is_documents else data.val[1:]  # BOS ends the last document
+    text = data.tokenizer.decode(targets)
+    assert is_documents or TEXT.endswith(text)
+    predicted = sum(batch[2] for batch in make(data.val, data.tokenizer.bos).validation(cap))
+    if kind == "char":
+        assert got == len(text[:predicted].encode()) / predicted
+        assert got > 1.05
+    else:
+        assert got == 1
+    if cap is None:
+        assert got * predicted == pytest.approx(len(text.encode()))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_bytes_of_ids_of_the_upper_half(dtype):
+    tokens = np.array([0, 40_000, 65_000, 40_000, 1] * 4, dtype=dtype)
+    sizes = np.arange(65_001)
+    assert make(tokens).bytes_per_token(sizes) == tokens[1:].astype(np.int64).sum() / 19
+    assert make(tokens).bytes_per_token(sizes, 1) == tokens[1:9].astype(np.int64).sum() / 8

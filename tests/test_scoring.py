@@ -29,10 +29,10 @@ def make_model(vocab_size):
 
 
 def rows_of(text, tokenizer, temperature=1.0):
-    """Returns the model, the rows of `text` and its number of characters."""
+    """Returns the model, the rows of `text` and the text that they score."""
     model = make_model(tokenizer.vocab_size)
-    ids, characters = scoring.encode(text, tokenizer)
-    return model, list(scoring.score(model, tokenizer, ids, temperature, CPU)), characters
+    ids, scored = scoring.encode(text, tokenizer)
+    return model, list(scoring.score(model, tokenizer, ids, temperature, CPU)), scored
 
 
 def reference(model, windows, temperature=1.0):
@@ -74,12 +74,12 @@ def test_losses_are_the_references(tokenizer, text, windows, temperature):
 @pytest.mark.parametrize("tokenizer, text, windows", CASES)
 def test_the_total_is_the_models_loss(tokenizer, text, windows):
     """The expected loss is GPT.forward's, one window at a time and without padding."""
-    model, rows, characters = rows_of(text, tokenizer)
+    model, rows, scored = rows_of(text, tokenizer)
     model.eval()
     with torch.no_grad():
         losses = [model(torch.tensor([w[:-1]]), torch.tensor([w[1:]]))[1].item() for w in windows]
     total = sum(loss * (len(window) - 1) for loss, window in zip(losses, windows, strict=True))
-    values = scoring.totals([row.loss for row in rows], characters)
+    values = scoring.totals([row.loss for row in rows], scored)
     tokens = sum(len(window) - 1 for window in windows)
     assert values["tokens"] == tokens
     assert values["total_loss"] == pytest.approx(total, abs=1e-5)
@@ -116,19 +116,23 @@ def test_a_low_temperature_sharpens():
 
 
 @pytest.mark.parametrize(
-    "tokenizer, text, characters",
+    "tokenizer, text, characters, n_bytes",
     [
-        (STREAM, "ab\n", 3),
-        (DOCUMENTS, "ab\n\ncd\n", 6),  # the ends of two documents count
-        (ByteTokenizer(), "é🙂\n", 3),  # of 7 bytes
-        (ByteTokenizer(is_documents=True), "é🙂\nz", 5),
+        (STREAM, "ab\n", 3, 3),
+        (DOCUMENTS, "ab\n\ncd\n", 6, 6),  # the ends of two documents count
+        (CharTokenizer("\né🙂"), "é🙂\n", 3, 7),
+        (ByteTokenizer(), "é🙂\n", 3, 7),
+        (ByteTokenizer(is_documents=True), "é🙂\nz", 5, 9),
     ],
 )
-def test_bits_per_character(tokenizer, text, characters):
-    _, rows, count = rows_of(text, tokenizer)
-    assert count == characters
-    values = scoring.totals([row.loss for row in rows], count)
-    assert values["bits_per_character"] == pytest.approx(math.log2(1 / math.prod(r.probability for r in rows)) / count)
+def test_bits_per_character_and_per_byte(tokenizer, text, characters, n_bytes):
+    _, rows, scored = rows_of(text, tokenizer)
+    values, bits = scoring.totals([row.loss for row in rows], scored), -sum(math.log2(r.probability) for r in rows)
+    assert (values["characters"], values["bytes"]) == (characters, n_bytes)
+    assert values["bits_per_character"] == pytest.approx(bits / characters)
+    assert values["bits_per_byte"] == pytest.approx(bits / n_bytes)
+    predicted = np.append(scoring.encode(text, tokenizer)[0][1:], [tokenizer.bos] * tokenizer.is_documents)
+    assert tokenizer.token_bytes()[predicted.astype(int)].sum() == n_bytes
 
 
 def test_contexts_and_tokens_as_shown():
@@ -149,12 +153,12 @@ def test_contexts_and_tokens_as_shown():
 def test_the_table_is_aligned():
     text = "a語b\t" * 6
     tokenizer = CharTokenizer(text + "\n\u2028 語", is_documents=True)
-    _, rows, characters = rows_of(text, tokenizer)
-    lines = list(scoring.table(rows, tokenizer, characters))
+    _, rows, scored = rows_of(text, tokenizer)
+    lines = list(scoring.table(rows, tokenizer, scored))
     assert {scoring.width(line) for line in lines[: len(rows) + 1]} == {scoring.width(lines[0])}
-    assert lines[-5] == ""
+    assert lines[-6] == ""
     tokenizer = ByteTokenizer(is_documents=True)
-    lines = list(scoring.table(rows_of(text, tokenizer)[1], tokenizer, characters))
+    lines = list(scoring.table(rows_of(text, tokenizer)[1], tokenizer, scored))
     assert all(scoring.width(line) <= 110 for line in lines)
 
 
@@ -181,7 +185,7 @@ def run(capsys, ckpt, *flags):
 def test_json_has_the_tables_numbers(saved, capsys):
     lines = run(capsys, saved / "documents.pt", "--score=cab").splitlines()
     values = json.loads(run(capsys, saved / "documents.pt", "--score=cab", "--json"))
-    assert len(lines) == 1 + 4 + 5
+    assert len(lines) == 1 + 4 + 6
     assert len(values["rows"]) == 4
     for line, row in zip(lines[1:5], values["rows"], strict=True):
         pairs = [word for top in row["likeliest"] for word in (top["token"], f"{top['probability']:.3f}")]
@@ -190,9 +194,9 @@ def test_json_has_the_tables_numbers(saved, capsys):
     expected = reference(make_model(11), [[10, 2, 0, 1, 10]])
     assert values["total_loss"] == pytest.approx(sum(expected), abs=1e-5)
     shown = {line[:20].strip(): float(line[20:].split()[0]) for line in lines[6:]}
-    keys = ("total_loss", "mean_loss", "perplexity", "bits_per_character")
+    keys = ("total_loss", "mean_loss", "perplexity", "bits_per_character", "bits_per_byte")
     assert shown == {key.replace("_", " "): float(f"{values[key]:.4f}") for key in keys}
-    assert (values["tokens"], values["characters"]) == (4, 4)
+    assert (values["tokens"], values["characters"], values["bytes"]) == (4, 4, 4)
 
 
 def test_the_temperature_is_1_unless_given(saved, capsys):

@@ -29,7 +29,8 @@ from quill.errors import UserError
 from quill.observers.tensorboard import as_code, attention_maps, signed_colors
 from quill.options import ModelConfig
 
-SCALARS = {"loss/train", "loss/val", "optimizer/lr", "optimizer/gradient_norm", "performance/tokens_per_s"}
+OF_EVALUATIONS = {"loss/val", "loss/val_bits_per_byte"}
+SCALARS = {"loss/train", "optimizer/lr", "optimizer/gradient_norm", "performance/tokens_per_s"} | OF_EVALUATIONS
 EVERYTHING = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}  # 0 keeps all
 
 
@@ -73,8 +74,13 @@ def test_scalars_are_the_rows_of_metrics_csv(flags, tmp_path):
     events, rows = read(tmp_path / "run"), metrics(tmp_path / "run")
     assert set(events.Tags()["scalars"]) == SCALARS
     for tag in SCALARS:
-        assert steps(events.Scalars(tag)) == ([20, 40] if tag == "loss/val" else [10, 20, 30, 40])
-    columns = {"loss/val": "val_loss", "optimizer/lr": "lr", "performance/tokens_per_s": "tokens_per_s"}
+        assert steps(events.Scalars(tag)) == ([20, 40] if tag in OF_EVALUATIONS else [10, 20, 30, 40])
+    columns = {
+        "loss/val": "val_loss",
+        "loss/val_bits_per_byte": "bits_per_byte",
+        "optimizer/lr": "lr",
+        "performance/tokens_per_s": "tokens_per_s",
+    }
     for tag, column in columns.items():
         shown = [event.value for event in events.Scalars(tag) if event.step % 20 == 0]
         rounded = 0.05 if column == "tokens_per_s" else 0  # as metrics.csv has it

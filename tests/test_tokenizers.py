@@ -43,6 +43,18 @@ def test_bos_is_the_last_id_and_replaces_the_newline():
     assert ByteTokenizer(is_documents=True).decode([256, 97]) == "\na"
 
 
+def test_token_bytes_are_those_of_the_text():
+    """At the edges of UTF-8's four lengths, and for BOS, which is a newline."""
+    text = "\n\x00\x7f\x80\u07ff\u0800\ud7ff\ue000\uffff\U00010000\U0010ffff"
+    for tokenizer in all_kinds(text):
+        sizes = tokenizer.token_bytes()
+        assert sizes.shape == (tokenizer.vocab_size,) and sizes.dtype == np.int64
+        assert sizes[tokenizer.encode("\n" + text)].sum() == 1 + len(text.encode())
+    chars = CharTokenizer(text)
+    assert [len(char.encode()) for char in chars.chars] == chars.token_bytes().tolist()
+    assert sum(CharTokenizer("é", is_documents=True).token_bytes() != [2, 1]) == 0
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_round_trip(text):
     for tokenizer in all_kinds(text):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import prepare
 import train
 from model import GPT
 from quill import checkpoint, cpu
@@ -28,9 +29,9 @@ def run(flags):
 
 
 def rows(flags):
-    """metrics.csv without its last two columns, which are times."""
+    """metrics.csv without the speed and the seconds, which differ from run to run."""
     with open(out_dir(flags) / "metrics.csv", encoding="utf-8") as file:
-        return [row[:-2] for row in csv.reader(file)]
+        return [row[:5] + row[7:] for row in csv.reader(file)]
 
 
 def out_dir(flags):
@@ -382,6 +383,33 @@ def test_a_non_finite_evaluation_saves_nothing(flags):
     with pytest.raises(UserError, match="validation loss is nan"):
         train.main(flags(learning_rate=1e38, eval_interval=1, schedule="constant", warmup_iters=0))
     assert not list(out_dir(flags()).glob("*.pt"))
+
+
+@pytest.mark.parametrize("kind, eval_iters", [("char", 0), ("byte", 0), ("char", 1)])
+def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_validation_text(flags, tmp_path, kind, eval_iters):
+    """The text is split where prepare.py splits it, and its first token is not predicted."""
+    text = "Ärger im Büro – naïve Straße 日本語 🙂\n" * 60
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    prepare.main([f"--input={tmp_path / 'text.txt'}", "--dataset=it", f"--tokenizer={kind}", f"--data_dir={tmp_path}"])
+    run(flags(dataset="it", data_dir=tmp_path, max_iters=2, eval_interval=2, eval_iters=eval_iters))
+    tokens = list(text) if kind == "char" else list(text.encode())
+    predicted = tokens[len(tokens) * 9 // 10 :][1:]
+    predicted = predicted[: eval_iters * 4 * 16 or None]  # batches of 4 × 16 tokens
+    n_bytes = len("".join(predicted).encode()) if kind == "char" else len(bytes(predicted))
+    *_, loss, _, bits = map(float, rows(flags())[-1])
+    assert bits == pytest.approx(loss * len(predicted) / math.log(2) / n_bytes, rel=1e-12)
+
+
+def test_a_run_of_an_older_quill_is_resumed_without_losing_rows(flags, tmp_path):
+    """Its metrics.csv has no bits_per_byte, and gets none."""
+    run(flags(max_iters=20, eval_interval=10))
+    path = out_dir(flags()) / "metrics.csv"
+    older = [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("\n".join([*older, ""]), encoding="utf-8")
+    run(flags(init_from="resume", eval_interval=10))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == older and [line.split(",")[0] for line in lines[3:]] == ["30", "40"]
+    assert {line.count(",") for line in lines} == {6}
 
 
 def test_a_damaged_metrics_file_loses_its_damaged_rows_only(flags, tmp_path):

@@ -17,6 +17,7 @@ from quill.observers.metrics_csv import MetricsFile
 from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.observers.tensorboard import TensorBoard
 from quill.optimizer import learning_rate
+from quill.scoring import bits_per_byte
 from quill.state import TrainState
 
 
@@ -34,6 +35,8 @@ class Observers:
             board = [TensorBoard(state, val_batches)] if config.tensorboard else []
             self.console = Console(config, step, machine, state.model.flops_per_token())
             self.observers = [MetricsFile(config.out_dir, step), self.console, *board]
+            rows = config.eval_iters * config.batch_size or None
+            self.bytes_per_token = val_batches.bytes_per_token(state.tokenizer.token_bytes(), rows)
 
     def __enter__(self) -> Observers:
         return self
@@ -79,6 +82,7 @@ class Observers:
             val_loss=val_loss,
             tokens_per_s=self.tokens_per_s,
             seconds=progress.seconds,
+            bits_per_byte=bits_per_byte(val_loss, self.bytes_per_token),
         )
         self.tokens, self.busy = 0, 0.0
         self.tell("evaluated", evaluation)

@@ -1,5 +1,6 @@
 """The output of a run in a terminal: a progress bar and lines, or lines only if there is no terminal."""
 
+import math
 import os
 import sys
 
@@ -59,8 +60,9 @@ class Console(Observer):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the losses."""
-        self.val_loss = evaluation.val_loss
+        self.val_loss, bits = evaluation.val_loss, evaluation.bits_per_byte
         losses = f"train loss {evaluation.train_loss:.4f}, val loss {evaluation.val_loss:.4f}"
+        losses += f" ({'–' if math.isnan(bits) else f'{bits:.4f}'} bits per byte)"
         self.say(f"step {evaluation.step}: {losses}, {evaluation.tokens_per_s:,.0f} tokens/s")
 
     def sampled(self, step: int, texts: list[str]) -> None:

@@ -11,39 +11,43 @@ from quill.observers.observer import Evaluation, Observer
 from quill.run_folder import what_is_kept
 from quill.scoring import perplexity
 
-COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds"]
+# New columns are added at the end, so that the columns of an older quill are the first of these.
+COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds", "bits_per_byte"]
 
 
 class MetricsFile(Observer):
-    """The file metrics.csv in out_dir. When it is opened, rows after `step` are dropped."""
+    """The file metrics.csv in out_dir. When it is opened, rows after `step` are dropped.
+
+    A file that an older quill began keeps its columns, and with them its rows.
+    """
 
     def __init__(self, out_dir: str, step: int):
-        self.path = Path(out_dir) / "metrics.csv"
+        self.path, self.columns = Path(out_dir) / "metrics.csv", COLUMNS
         self._drop_rows_after(step)
 
     def _drop_rows_after(self, step):
-        """Drop rows after the checkpoint, because their steps will run again, and rows with a wrong number of columns.
-
-        A crash may have truncated a row. Rows from before a column was added to COLUMNS are dropped too.
-        """
-        header, rows = ",".join(COLUMNS), []
+        """Drop rows after the checkpoint, because their steps will run again, and rows that a crash has truncated."""
+        rows = []
         if self.path.exists():
-            for row in self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+            header, *lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            if header.split(",") == COLUMNS[: header.count(",") + 1]:
+                self.columns = header.split(",")
+            for row in lines:
                 number, *others = row.split(",")
-                if number.isdecimal() and int(number) <= step and len(others) == len(COLUMNS) - 1:
+                if number.isdecimal() and int(number) <= step and len(others) == len(self.columns) - 1:
                     rows.append(row)
         with replacing(self.path) as (file,):
-            file.write(("\n".join([header, *rows]) + "\n").encode())
+            file.write(("\n".join([",".join(self.columns), *rows]) + "\n").encode())
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Append a row."""
         values: dict[str, Any] = vars(evaluation) | {"perplexity": perplexity(evaluation.val_loss)}
         values |= {"tokens_per_s": round(evaluation.tokens_per_s, 1), "seconds": round(evaluation.seconds, 3)}
-        row = {name: values[name] for name in COLUMNS}
+        row = {name: values[name] for name in self.columns}
         try:
             descriptor = open_without_links(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with open(descriptor, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         except OSError as error:
             kept = what_is_kept(self.path.parent)
             raise UserError(f"can't write {self.path}: {error.strerror}; {kept}") from None

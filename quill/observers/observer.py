@@ -24,6 +24,7 @@ class Evaluation:
     val_loss: float  # nats per token
     tokens_per_s: float  # without the time of evaluations
     seconds: float  # since the run began, evaluations included
+    bits_per_byte: float  # val_loss in bits, per byte of the text; nan where the tokens have no bytes
 
 
 class Observer:

@@ -105,6 +105,7 @@ class TensorBoard(Observer):
         step, writer = evaluation.step, self.writer
         with self._writing():
             writer.add_scalar("loss/val", evaluation.val_loss, step)
+            writer.add_scalar("loss/val_bits_per_byte", evaluation.bits_per_byte, step)
             for name, parameter in self.model.named_parameters():
                 writer.add_histogram(f"weights/{name}", parameter, step)
             for name, gradient in self.gradients.items():
