@@ -178,11 +178,13 @@ def launch(
 ) -> int:
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
     is_resume = config.init_from == "resume"
+    if config.vocab_size is not None:  # a dry run without a dataset
+        return print_on_rank_0(describe(config, config.vocab_size, machine), machine)
     data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
         checkpoint.check_vocabulary(saved, data.dataset)
     if config.dry_run:
-        text = describe(config, data.dataset.tokenizer.vocab_size, data.train_batches)
+        text = describe(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches)
         return print_on_rank_0(text, machine)
     state = TrainState(config, flags, data.dataset.tokenizer, machine, saved)
     note_capped_evaluation(config, data.val_batches)

@@ -1,40 +1,50 @@
-"""Describe a run without training it: the model's modules, its memory, its FLOPs and the length of an epoch."""
+"""Describe a run without training it: the model's modules, its memory, its FLOPs and the length of an epoch.
+
+The memory of a micro-batch is counted while torch runs it on tensors without data. Not counted are temporary tensors of
+the optimizer (Muon's are a few times its matrices), DDP's copy of the gradients, and what torch needs beside tensors.
+"""
 
 from __future__ import annotations
 
 import re
+import weakref
+from dataclasses import replace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import GPT
+from quill import cpu
 from quill.data.batches import Batches
+from quill.machine import Machine
 from quill.options import TrainConfig
 
 
-def describe(config: TrainConfig, vocab_size: int, batches: Batches) -> str:
+def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Batches | None = None) -> str:
     """Return lines with the modules' shapes and parameters, FLOPs, memory, and the steps in an epoch.
 
-    batches: those of the training split.
+    batches: those of the training split; None without a dataset.
     """
     with torch.device("meta"):  # shapes without memory, so that a model of any size can be described
         model = GPT(config, vocab_size)
-    moments = 1 if config.optimizer == "muon" else 2
-    state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
-    weights = model.num_params() * (3 if config.ema_decay else 2)
-    epoch = batches.rows_per_epoch / batches.rows
-    in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.document_rows[1].sum()
-    tokens = in_epoch / epoch
-    flops = model.flops_per_token()
+    rows, epoch_lines, epochs = config.batch_size * config.gradient_accumulation_steps, [], ""
+    tokens, flops = rows * config.block_size, model.flops_per_token()
+    if batches is not None:
+        epoch = batches.rows_per_epoch / rows
+        in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.document_rows[1].sum()
+        tokens, epochs = in_epoch / epoch, f"{config.max_iters / epoch:,.2f} epochs, "
+        epoch_lines = [f"an epoch          {epoch:,.1f} steps, {in_epoch:,} tokens"]
     return "\n".join(
         [
             f"{'GPT':44}{model.num_params():>14,} parameters",
             *_module_lines(model, config),
             f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
-            f"memory            {4 * (weights + state) / 2**20:,.1f} MiB of weights, gradients and optimizer state; "
-            "activations need more memory",
-            f"a step            {batches.rows:,} rows, {tokens:,.0f} tokens",
-            f"an epoch          {epoch:,.1f} steps, {in_epoch:,} tokens",
-            f"the run           {config.max_iters:,} steps, {config.max_iters / epoch:,.2f} epochs, "
+            *_memory_lines(model, config, machine),
+            f"a step            {rows:,} rows, {tokens:,.0f} tokens",
+            *epoch_lines,
+            f"the run           {config.max_iters:,} steps, {epochs}{config.max_iters * tokens:.2e} tokens, "
             f"{config.max_iters * tokens * flops:.2e} FLOPs",
         ]
     )
@@ -56,3 +66,62 @@ def _module_lines(model, config):
         tied = name == "lm_head" and config.tie_weights
         label = f"{'  ' * (name.count('.') + 1)}{name.rpartition('.')[2]:10} {shapes}"
         yield f"{label:44}{total:>14,}{' (wte itself: counted once)' if tied else ''}"
+
+
+def _memory_lines(model, config, machine):
+    """Yield the memory of a training step: the sum, then a line for each part of it."""
+    weights, moments = 4 * model.num_params(), 1 if config.optimizer == "muon" else 2
+    state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
+    parts = {"weights": weights, "gradients": weights, "optimizer": 4 * state}
+    if config.ema_decay:
+        parts["average of the weights"] = weights
+    of_a_rank = -(-config.batch_size * config.gradient_accumulation_steps // machine.group.world_size)
+    rows, dtype = min(config.batch_size, of_a_rank), str(machine.dtype).removeprefix("torch.")
+    kept, added = activation_bytes(config, model.vocab_size, rows, machine)
+    parts[f"activations of a micro-batch, {rows:,} × {config.block_size:,} tokens in {dtype}"] = kept
+    parts["temporary tensors of its backward pass"] = added
+    yield f"memory            {sum(parts.values()) / 2**20:,.1f} MiB at the peak of a step"
+    yield from (f"{size / 2**20:>20,.1f} MiB  {name}" for name, size in parts.items())
+
+
+def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: Machine) -> tuple[int, int]:
+    """Return the bytes that a micro-batch of `rows` rows keeps for its backward pass, and those added at the peak.
+
+    Weights and gradients are not among them. All layers are alike, so those after the second need not be run.
+    """
+    if config.n_layer > 2:
+        few = [activation_bytes(replace(config, n_layer=n), vocab_size, rows, machine) for n in (1, 2)]
+        return few[1][0] + (few[1][0] - few[0][0]) * (config.n_layer - 2), few[1][1]
+    with FakeTensorMode(), machine.device, torch.autograd.set_multithreading_enabled(False):
+        model = cpu.speed_up(GPT(config, vocab_size))
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)  # the sum over the micro-batches before
+        idx = torch.zeros(rows, config.block_size, dtype=torch.int64)
+        with LiveBytes() as live:
+            with machine.autocast():
+                loss = model(idx, idx)[1]
+            kept = live.now
+            loss.backward()
+    return kept, live.peak - kept
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that operations make, for as long as they exist: `now` and at the `peak`."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Call the operation `func`, and count the memory of its results that is not an argument's."""
+        result = func(*args, **(kwargs or {}))
+        given, returned = (
+            {leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+            for values in ((args, kwargs), result)
+        )
+        for storage in returned - given:
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, n_bytes):
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)

@@ -193,6 +193,7 @@ class ReportConfig(Checked):
     )
     eval_only: bool = option(False, "evaluate, print the loss and stop")
     dry_run: bool = option(False, "describe the model, its memory and the length of an epoch, without training")
+    vocab_size: int | None = option(None, "with --dry_run: the number of ids, in place of a dataset", at_least=1)
     patience: int = option(0, "stop after this many evaluations without a new best; 0 never stops", at_least=0)
     log_interval: int = option(1, "steps between log lines", at_least=1)
     eval_samples: int = option(0, "samples to print at each evaluation", at_least=0)
@@ -232,6 +233,10 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     HEADING: ClassVar[str] = "Compiling"
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
+
+    def _check_group(self) -> None:
+        if self.vocab_size is not None and not (self.dry_run and self.init_from == "scratch"):
+            raise UserError(f"--vocab_size={self.vocab_size} is for --dry_run only: training takes the dataset's ids")
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""

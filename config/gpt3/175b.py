@@ -1,0 +1,20 @@
+"""GPT-3 175B, 175B parameters with GPT-2's 50,257 ids: table 2.1 of Brown et al. 2020. For many GPUs.
+
+    python train.py config/gpt3/175b.py --dry_run=True --vocab_size=50257
+
+Not measured.
+"""
+
+out_dir = "out/gpt3/175b"
+n_layer = 96
+n_head = 96
+n_embd = 12288
+block_size = 2048
+bias = True
+batch_size = 1
+gradient_accumulation_steps = 1536  # 1 × 1,536 × 2,048 tokens: the paper's 3.2M
+max_iters = 95_367  # 300B tokens; the rate warms up over 375M and decays until 260B
+warmup_iters = 119
+lr_decay_iters = 82_652
+learning_rate = 6e-5
+min_lr = 6e-6

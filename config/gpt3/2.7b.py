@@ -1,0 +1,20 @@
+"""GPT-3 2.7B, 2.7B parameters with GPT-2's 50,257 ids: table 2.1 of Brown et al. 2020. For many GPUs.
+
+    python train.py config/gpt3/2.7b.py --dry_run=True --vocab_size=50257
+
+Not measured.
+"""
+
+out_dir = "out/gpt3/2.7b"
+n_layer = 32
+n_head = 32
+n_embd = 2560
+block_size = 2048
+bias = True
+batch_size = 2
+gradient_accumulation_steps = 256  # 2 × 256 × 2,048 tokens: the paper's 1M
+max_iters = 286_102  # 300B tokens; the rate warms up over 375M and decays until 260B
+warmup_iters = 358
+lr_decay_iters = 247_955
+learning_rate = 1.6e-4
+min_lr = 1.6e-5

@@ -1,0 +1,20 @@
+"""GPT-3 6.7B, 6.7B parameters with GPT-2's 50,257 ids: table 2.1 of Brown et al. 2020. For many GPUs.
+
+    python train.py config/gpt3/6.7b.py --dry_run=True --vocab_size=50257
+
+Not measured.
+"""
+
+out_dir = "out/gpt3/6.7b"
+n_layer = 32
+n_head = 32
+n_embd = 4096
+block_size = 2048
+bias = True
+batch_size = 2
+gradient_accumulation_steps = 512  # 2 × 512 × 2,048 tokens: the paper's 2M
+max_iters = 143_051  # 300B tokens; the rate warms up over 375M and decays until 260B
+warmup_iters = 179
+lr_decay_iters = 123_978
+learning_rate = 1.2e-4
+min_lr = 1.2e-5
