@@ -71,17 +71,16 @@ def _module_lines(model, config):
 def _memory_lines(model, config, machine):
     """Yield the memory of a training step: the sum, then a line for each part of it."""
     weights, moments = 4 * model.num_params(), 1 if config.optimizer == "muon" else 2
+    average = weights if config.ema_decay else 0
     state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
-    parts = {"weights": weights, "gradients": weights, "optimizer": 4 * state}
-    if config.ema_decay:
-        parts["average of the weights"] = weights
+    parts = {"weights": weights, "gradients": weights, "optimizer": 4 * state, "moving average": average}
     of_a_rank = -(-config.batch_size * config.gradient_accumulation_steps // machine.group.world_size)
     rows, dtype = min(config.batch_size, of_a_rank), str(machine.dtype).removeprefix("torch.")
     kept, added = activation_bytes(config, model.vocab_size, rows, machine)
     parts[f"activations of a micro-batch, {rows:,} × {config.block_size:,} tokens in {dtype}"] = kept
     parts["temporary tensors of its backward pass"] = added
     yield f"memory            {sum(parts.values()) / 2**20:,.1f} MiB at the peak of a step"
-    yield from (f"{size / 2**20:>20,.1f} MiB  {name}" for name, size in parts.items())
+    yield from (f"{size / 2**20:>20,.1f} MiB  {name}" for name, size in parts.items() if size)
 
 
 def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: Machine) -> tuple[int, int]:
@@ -106,12 +105,14 @@ def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: M
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that operations make, for as long as they exist: `now` and at the `peak`."""
+    """Count the bytes of the tensors that operations make, for as long as they exist: `now` and at the `peak`.
+
+    A result that shares its memory with an argument is not counted.
+    """
 
     now = peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Call the operation `func`, and count the memory of its results that is not an argument's."""
         result = func(*args, **(kwargs or {}))
         given, returned = (
             {leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}

@@ -205,6 +205,8 @@ class ReportConfig(Checked):
     tensorboard: bool = option(False, "write curves, samples, histograms and attention for TensorBoard to out_dir")
 
     def _check_group(self) -> None:
+        if self.vocab_size is not None and not self.dry_run:
+            raise UserError(f"--vocab_size={self.vocab_size} is for --dry_run only: a run has its dataset's vocabulary")
         # Checked here and not at the import, so that the error is raised before a run replaces an older one.
         if self.tensorboard and not (self.dry_run or self.eval_only) and find_spec("tensorboard") is None:
             raise UserError("--tensorboard=True needs a package: pip install tensorboard (or --tensorboard=False)")
@@ -233,10 +235,6 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     HEADING: ClassVar[str] = "Compiling"
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
-
-    def _check_group(self) -> None:
-        if self.vocab_size is not None and not (self.dry_run and self.init_from == "scratch"):
-            raise UserError(f"--vocab_size={self.vocab_size} is for --dry_run only: training takes the dataset's ids")
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""

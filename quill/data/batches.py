@@ -28,7 +28,7 @@ DATA_ORDER = 2  # of new runs. With 1 (quill 0.1), no offset reached a stream's 
 ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
 GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
-COUNTED = 2**20  # tokens whose bytes are added up at a time, so that a long split is not copied as a whole
+COUNTED = 2**20  # tokens whose bytes are added up at a time, so that a long split is not copied
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -191,18 +191,15 @@ class Batches:
             yield self.gather(starts[i : i + size], lengths[i : i + size])
 
     def bytes_per_token(self, token_bytes: np.ndarray, max_rows: int | None = None) -> float:
-        """Return the UTF-8 bytes of the tokens that `validation` predicts, on all ranks, divided by their number.
-
-        token_bytes: from `Tokenizer.token_bytes`. max_rows: as in `validation`.
-        """
+        """Return the mean of `token_bytes`, by id, over what `validation(max_rows)` predicts on all ranks."""
         starts, lengths = (part[:max_rows] for part in self.validation_rows())
         # The rows lie next to each other, and so do the tokens that they predict.
         first, predicted = int(starts[0]) + 1, int(lengths.sum())
         sizes = torch.from_numpy(token_bytes).to(self.tokens.device)
         pieces = self.tokens[first : first + predicted].split(COUNTED)
         total = sum(int(sizes[piece.long() & int(self.id_mask)].sum()) for piece in pieces)
-        has_end = first + predicted > self.n_tokens  # the BOS that ends the last document is not in the file
-        return (total + has_end) / predicted
+        # The BOS that ends the last document is not in the file. It stands for one byte, a newline.
+        return (total + (first + predicted > self.n_tokens)) / predicted
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
         """Read rows, given by starts and lengths (B,), as (x, y, tokens predicted); x and y are (B, T) on the device.

@@ -71,7 +71,8 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Return how many UTF-8 bytes of text each id stands for, (vocab_size,) int64. BOS stands for a newline."""
-        raise NotImplementedError
+        texts = (self.decode([i], "surrogateescape") for i in range(self.vocab_size))
+        return np.array([len(text.encode(errors="replace")) for text in texts])  # part of a character becomes a "?"
 
     def to_json(self) -> dict[str, Any]:
         """Return the description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
@@ -121,10 +122,6 @@ class CharTokenizer(Tokenizer):
         """Return a newline, or the first character of a vocabulary without one."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
-    def token_bytes(self) -> np.ndarray:
-        """Return the length of each character's UTF-8: 1 byte below U+0080, 2 below U+0800, 3 below U+10000, else 4."""
-        return 1 + np.searchsorted([0x80, 0x800, 0x10000], self.codes, side="right")
-
     def to_json(self) -> dict[str, Any]:
         """Return the description, with the characters in the order of their ids."""
         return super().to_json() | {"chars": self.chars}
@@ -143,10 +140,6 @@ class ByteTokenizer(Tokenizer):
         except UnicodeEncodeError:  # half of a surrogate pair: UTF-8 can't express it, but a command line may hold one
             raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
         return np.where(ids == ord("\n"), self.size, ids) if self.is_documents else ids
-
-    def token_bytes(self) -> np.ndarray:
-        """Return ones, because every id is a byte."""
-        return np.ones(self.vocab_size, np.int64)
 
     def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function, which keeps the bytes of an unfinished character between calls."""

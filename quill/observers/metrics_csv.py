@@ -11,14 +11,13 @@ from quill.observers.observer import Evaluation, Observer
 from quill.run_folder import what_is_kept
 from quill.scoring import perplexity
 
-# New columns are added at the end, so that the columns of an older quill are the first of these.
 COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tokens_per_s", "seconds", "bits_per_byte"]
 
 
 class MetricsFile(Observer):
     """The file metrics.csv in out_dir. When it is opened, rows after `step` are dropped.
 
-    A file that an older quill began keeps its columns, and with them its rows.
+    A file of an older quill has the first columns only, and keeps them.
     """
 
     def __init__(self, out_dir: str, step: int):
