@@ -1,7 +1,7 @@
 """Describe a run without training it: the model's modules, its memory, its FLOPs and the length of an epoch.
 
 The memory of a micro-batch is counted while torch runs it on tensors without data. Not counted are temporary tensors of
-the optimizer (Muon's are a few times its matrices), DDP's copy of the gradients, and what torch needs beside tensors.
+the optimizer (Muon's are a few times its matrices), DDP's copy of the gradients, and what the allocator keeps unused.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _memory_lines(model, config, machine):
     kept, added = activation_bytes(config, model.vocab_size, rows, machine)
     parts[f"activations of a micro-batch, {rows:,} × {config.block_size:,} tokens in {dtype}"] = kept
     parts["temporary tensors of its backward pass"] = added
-    yield f"memory            {sum(parts.values()) / 2**20:,.1f} MiB at the peak of a step"
+    yield f"memory            {sum(parts.values()) / 2**20:,.1f} MiB of tensors at the peak of a step"
     yield from (f"{size / 2**20:>20,.1f} MiB  {name}" for name, size in parts.items() if size)
 
 

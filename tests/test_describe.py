@@ -99,7 +99,7 @@ def test_the_sizes_of_gpt3(size, parameters, micro_batch, tokens, tmp_path, monk
     assert memory["optimizer"] == pytest.approx(8 * found / 2**20, rel=1e-4)
     assert f"activations of a micro-batch, {micro_batch} × 2,048 tokens in bfloat16" in memory
     assert all(size > 0 for size in memory.values()) and list(tmp_path.iterdir()) == []
-    total = float(re.search(r"memory +([\d,.]+) MiB at", text)[1].replace(",", ""))
+    total = float(re.search(r"memory +([\d,.]+) MiB of tensors at the peak", text)[1].replace(",", ""))
     assert total == pytest.approx(sum(memory.values()), abs=0.3)
 
 
