@@ -1,4 +1,4 @@
-"""GPT-3 6.7B, 6.7B parameters with GPT-2's 50,257 ids: table 2.1 of Brown et al. 2020. For many GPUs.
+"""GPT-3 6.7B with 50,257 ids: table 2.1 of Brown et al. 2020, but all attention is dense.
 
     python train.py config/gpt3/6.7b.py --dry_run=True --vocab_size=50257
 
