@@ -86,11 +86,12 @@ def _memory_lines(model, config, machine):
 def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: Machine) -> tuple[int, int]:
     """Return the bytes that a micro-batch of `rows` rows keeps for its backward pass, and those added at the peak.
 
-    Weights and gradients are not among them. All layers are alike, so those after the second need not be run.
+    Weights and gradients are not among them. All layers are alike, so the third and later ones are not run.
     """
     if config.n_layer > 2:
-        few = [activation_bytes(replace(config, n_layer=n), vocab_size, rows, machine) for n in (1, 2)]
-        return few[1][0] + (few[1][0] - few[0][0]) * (config.n_layer - 2), few[1][1]
+        few = (activation_bytes(replace(config, n_layer=n), vocab_size, rows, machine) for n in (1, 2))
+        (one, _), (two, added) = few
+        return two + (two - one) * (config.n_layer - 2), added
     with FakeTensorMode(), machine.device, torch.autograd.set_multithreading_enabled(False):
         model = cpu.speed_up(GPT(config, vocab_size))
         for parameter in model.parameters():
@@ -105,10 +106,7 @@ def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: M
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that operations make, for as long as they exist: `now` and at the `peak`.
-
-    A result that shares its memory with an argument is not counted.
-    """
+    """Count the bytes of the tensors that operations make, for as long as they exist: `now` and at the `peak`."""
 
     now = peak = 0
 
@@ -118,7 +116,7 @@ class LiveBytes(TorchDispatchMode):
             {leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
             for values in ((args, kwargs), result)
         )
-        for storage in returned - given:
+        for storage in returned - given:  # without views of an argument, and results in place
             self._add(storage.nbytes())
             weakref.finalize(storage, self._add, -storage.nbytes())
         return result

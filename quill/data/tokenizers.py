@@ -72,7 +72,7 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Return how many UTF-8 bytes of text each id stands for, (vocab_size,) int64. BOS stands for a newline."""
         texts = (self.decode([i], "surrogateescape") for i in range(self.vocab_size))
-        return np.array([len(text.encode(errors="replace")) for text in texts])  # part of a character becomes a "?"
+        return np.array([len(text.encode(errors="replace")) for text in texts])  # a byte of a longer character is a "?"
 
     def to_json(self) -> dict[str, Any]:
         """Return the description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
