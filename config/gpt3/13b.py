@@ -7,12 +7,11 @@ The paper's row has a width of 5,140, which is not 40 heads of width 128. Here t
 Not measured.
 """
 
+base = "small.py"
 out_dir = "out/gpt3/13b"
 n_layer = 40
 n_head = 40
 n_embd = 5120
-block_size = 2048
-bias = True
 batch_size = 1
 gradient_accumulation_steps = 1024  # 1 × 1,024 × 2,048 tokens: the paper's 2M
 max_iters = 143_051  # 300B tokens; the rate warms up over 375M and decays until 260B

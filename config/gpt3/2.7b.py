@@ -5,12 +5,11 @@
 Not measured.
 """
 
+base = "small.py"
 out_dir = "out/gpt3/2.7b"
 n_layer = 32
 n_head = 32
 n_embd = 2560
-block_size = 2048
-bias = True
 batch_size = 2
 gradient_accumulation_steps = 256  # 2 × 256 × 2,048 tokens: the paper's 1M
 max_iters = 286_102  # 300B tokens; the rate warms up over 375M and decays until 260B

@@ -5,16 +5,12 @@
 Not measured.
 """
 
+base = "small.py"
 out_dir = "out/gpt3/medium"
 n_layer = 24
 n_head = 16
 n_embd = 1024
-block_size = 2048
-bias = True
 batch_size = 8
 gradient_accumulation_steps = 32  # 8 × 32 × 2,048 tokens: the paper's 0.5M
-max_iters = 572_205  # 300B tokens; the rate warms up over 375M and decays until 260B
-warmup_iters = 715
-lr_decay_iters = 495_911
 learning_rate = 3e-4
 min_lr = 3e-5

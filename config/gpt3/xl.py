@@ -7,12 +7,11 @@ The paper's row has 24 heads of width 128, which is more than its width of 2,048
 Not measured.
 """
 
+base = "small.py"
 out_dir = "out/gpt3/xl"
 n_layer = 24
 n_head = 16
 n_embd = 2048
-block_size = 2048
-bias = True
 batch_size = 4
 gradient_accumulation_steps = 128  # 4 × 128 × 2,048 tokens: the paper's 1M
 max_iters = 286_102  # 300B tokens; the rate warms up over 375M and decays until 260B
