@@ -88,7 +88,7 @@ def run_command(command, monkeypatch):
 @pytest.mark.parametrize(
     "page, count, leaves",
     [
-        ("README.md", 19, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
+        ("README.md", 20, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
         ("docs/tour.md", 15, {"ladder", "shakespeare_char_cpu"}),
         ("CONTRIBUTING.md", 6, {"try", "bench"}),
     ],
