@@ -49,7 +49,13 @@ NORMS = {
     "rmsnorm": lambda config: rms_norm(config.n_embd),
     "none": lambda config: nn.Identity(),
 }
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": squared_relu, "swiglu": swiglu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # OpenAI's weights of GPT-2 were trained with it
+    "relu": F.relu,
+    "relu2": squared_relu,
+    "swiglu": swiglu,
+}
 
 
 def make_norm(config):

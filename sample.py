@@ -56,14 +56,8 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
 
 
 def find_checkpoint(config: SampleConfig) -> Path:
-    """Return the path of the checkpoint: --ckpt, else out_dir's best.pt, last.pt, or nanoGPT's ckpt.pt."""
-    if config.ckpt:
-        return Path(config.ckpt)
-    names = ("best.pt", "last.pt", "ckpt.pt")
-    for name in names:
-        if (Path(config.out_dir) / name).is_file():
-            return Path(config.out_dir) / name
-    raise UserError(f"--out_dir={config.out_dir}: has none of {', '.join(names)}; train a run first, or give --ckpt")
+    """Return the path of the checkpoint: --ckpt, else the best one of --out_dir."""
+    return Path(config.ckpt) if config.ckpt else checkpoint.find(config.out_dir)
 
 
 def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path) -> Tokenizer:
@@ -75,6 +69,8 @@ def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path
     if state["tokenizer"] is not None:
         return from_json(state["tokenizer"])
     name = state["config"]["dataset"]
+    if not name:
+        raise UserError(f"{path}: has no tokenizer that can be read; fine-tune it on a dataset, which has one")
     try:
         tokenizer = open_dataset(config.data_dir, name).tokenizer
     except UserError as error:

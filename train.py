@@ -182,7 +182,7 @@ def launch(
         return print_on_rank_0(describe(config, config.vocab_size, machine), machine)
     data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
-        checkpoint.check_vocabulary(saved, data.dataset)
+        saved = checkpoint.match_vocabulary(saved, data.dataset)
     if config.dry_run:
         text = describe(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches)
         return print_on_rank_0(text, machine)

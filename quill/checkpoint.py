@@ -30,6 +30,7 @@ from quill.cli import note
 from quill.data.token_files import Dataset
 from quill.errors import UserError
 from quill.files import replacing
+from quill.huggingface import PRETRAINED, find_pretrained, read_folder, without_padding
 from quill.interop import NANOGPT_KEYS, from_nanogpt
 from quill.options import ModelConfig, TrainConfig
 from quill.run_folder import RunFolder, what_is_kept
@@ -62,14 +63,17 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
 def load(path: Path | str) -> dict[str, Any]:
     """Load the checkpoint at `path`, quill's or nanoGPT's. → a dict with the keys above, tensors on the CPU
 
-    Raise a UserError if the file is damaged, is no checkpoint, or has a newer format.
+    path: the file, or the folder of a run, or a Hugging Face folder with weights of GPT-2's family.
+
+    Raise a UserError if it is damaged, is no checkpoint, or has a newer format.
     """
     path = Path(path)
-    state = _read(path)
+    if (path / "config.json").is_file():
+        state = {"format": FORMAT, **read_folder(path)}
+    else:
+        state = _read(find(path) if path.is_dir() else path)
     if isinstance(state, dict) and state.keys() >= NANOGPT_KEYS:
         state = {"format": FORMAT, **from_nanogpt(state, path)}
-        check_to_sample(state, path)
-        return state
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path}: not a checkpoint of quill's or nanoGPT's")
     if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
@@ -79,6 +83,15 @@ def load(path: Path | str) -> dict[str, Any]:
     _require(state, REQUIRED_KEYS, path)
     check_to_sample(state, path)
     return state
+
+
+def find(out_dir: str | Path) -> Path:
+    """Return the path of the best checkpoint in `out_dir`. Raise a UserError if there is none."""
+    names = ("best.pt", "last.pt", "ckpt.pt")
+    for name in names:
+        if (Path(out_dir) / name).is_file():
+            return Path(out_dir) / name
+    raise UserError(f"{out_dir}: has none of {', '.join(names)}; train a run first, or name a checkpoint")
 
 
 def _read(path):
@@ -156,10 +169,8 @@ def resolve_start(
         config, state = TrainConfig(**given), None
 
     # 3. fine-tune: the checkpoint's architecture and weights. All else, the optimizer too, starts anew.
-    elif init_from.startswith("gpt2"):
-        raise UserError(f"--init_from={init_from}: GPT-2's weights are not read; give scratch, resume or a checkpoint")
     else:
-        state = load(init_from)
+        state = load(find_pretrained(init_from) if init_from in PRETRAINED else init_from)
         architecture = _values(state, ARCHITECTURE_KEYS)
         _refuse_changes(given, architecture, init_from)
         config = TrainConfig(**(given | architecture))
@@ -207,9 +218,15 @@ def _refuse_changes(given, fixed, path):
             raise UserError(f"{key}={given[key]}: {path} has {key}={fixed[key]}, which can't change; leave {key} out")
 
 
-def check_vocabulary(state: dict[str, Any], dataset: Dataset) -> None:
-    """Raise a UserError if the checkpoint was trained with another vocabulary than the dataset's."""
-    tokenizer = dataset.tokenizer
-    unknown = state["tokenizer"] is None  # nanoGPT's checkpoints know its size only
-    if state["vocab_size"] != tokenizer.vocab_size or not (unknown or state["tokenizer"] == tokenizer.to_json()):
-        raise UserError(f"--dataset={dataset.name}: its vocabulary is not the one that the checkpoint was trained on")
+def match_vocabulary(state: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """Return `state` without padded ids. Raise a UserError if it was trained with another vocabulary than `dataset`."""
+    tokenizer, theirs = dataset.tokenizer, state["tokenizer"]
+    if theirs is None:  # nanoGPT's checkpoints know the number of ids only
+        state = without_padding(state, tokenizer.vocab_size)
+    if state["vocab_size"] != tokenizer.vocab_size or theirs not in (None, tokenizer.to_json()):
+        kind = theirs["kind"] if theirs else "unknown"
+        raise UserError(
+            f"--dataset={dataset.name}: its vocabulary ({tokenizer.vocab_size} ids, {tokenizer.kind}) is not the one "
+            f"that the checkpoint was trained on ({state['vocab_size']} ids, {kind})"
+        )
+    return state

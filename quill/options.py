@@ -88,7 +88,7 @@ class ModelConfig(Checked):
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
     norm_embedding: bool = option(False, "normalise the embeddings too, before the first block")
     norm_final: bool = option(True, "normalise before lm_head")
-    activation: Literal["gelu", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
@@ -122,7 +122,7 @@ class RunConfig(Checked):
     data_dir: str = option("data", "folder of the prepared datasets")
     out_dir: str = option("out", "folder for last.pt, best.pt and metrics.csv")
     init_from: str = option(
-        "scratch", "scratch | resume (out_dir's last.pt) | auto (resume if there is one) | a checkpoint to fine-tune"
+        "scratch", "scratch | resume (last.pt) | auto (resume if there is one) | a checkpoint or GPT-2 to fine-tune"
     )
     overwrite: bool = option(False, "let a new run replace the one in out_dir")
     seed: int = option(1337, "all random numbers are derived from this seed", at_least=0)
@@ -281,6 +281,19 @@ class PrepareConfig(Checked):
 
 
 @dataclass(frozen=True)
+class ExportConfig(Checked):
+    """The options of export.py."""
+
+    HEADING: ClassVar[str] = "Converting a model"
+
+    to: Literal["hf", "quill"] = option("hf", "hf: write a folder for transformers; quill: write a checkpoint")
+    folder: str = option("", "with --to=hf: the folder to write; empty means hf in the run's folder")
+    out_dir: str = option("", "with --to=quill: the folder to write best.pt to")
+    license: str = option("unknown", "with --to=hf: the licence of the weights in the model card, such as mit")
+    overwrite: bool = option(False, "replace what the folder has")
+
+
+@dataclass(frozen=True)
 class BenchConfig(SystemConfig):
     """The options of `python -m bench`."""
 
@@ -324,7 +337,7 @@ NANOGPT_OPTIONS: dict[type[Checked], dict[str, NanoGPTOption]] = {
     },
     SampleConfig: {
         "init_from": NanoGPTOption(
-            "--out_dir or --ckpt names the checkpoint; GPT-2's weights are not read", only="resume"
+            "--out_dir or --ckpt names the checkpoint, or the folder of GPT-2's weights", only="resume"
         ),
         "compile": NanoGPTOption("not used: sampling is uncompiled, with a cache of keys and values"),
     },

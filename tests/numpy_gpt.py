@@ -63,6 +63,8 @@ def mlp(x, w, name, config):
     h = linear(x, w, f"{name}.c_fc")
     if config.activation == "gelu":
         h = h * 0.5 * (1 + erf(h / math.sqrt(2)))
+    elif config.activation == "gelu_tanh":
+        h = h * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     elif config.activation == "relu":
         h = np.maximum(h, 0)
     elif config.activation == "relu2":

@@ -17,6 +17,7 @@ V = 11
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "bias": True}
 SHAPES = {
     "gpt2": {},
+    "OpenAI's gpt2": {"activation": "gelu_tanh"},
     "no bias": {"bias": False},
     "untied": {"tie_weights": False},
     "rmsnorm, rope, relu2, qk_norm": {

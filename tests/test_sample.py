@@ -90,7 +90,7 @@ def test_prompts(runs, capsys, tmp_path):
     [
         (["--start=ÄZ~"], ["'Z'", "'~'", "'Ä'", "not in the vocabulary"]),
         (["--start=FILE:nowhere.txt"], ["nowhere.txt", "No such file"]),
-        (["--out_dir=nowhere"], ["nowhere", "best.pt", "--ckpt"]),
+        (["--out_dir=nowhere"], ["nowhere: has none of best.pt", "name a checkpoint"]),
         (["--ckpt=nowhere.pt"], ["nowhere.pt: no such checkpoint"]),
         (["--top_p=2"], ["--top_p=2.0"]),
         (["--temperature=-1"], ["--temperature=-1.0"]),
