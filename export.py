@@ -49,7 +49,8 @@ library_name: transformers
 
 def to_hugging_face(source: Path, config: ExportConfig) -> None:
     """Write a checkpoint, or the best one of the run in the folder `source`, as a Hugging Face folder."""
-    folder = Path(config.folder or (source if source.is_dir() else source.parent) / "hf")
+    source = checkpoint.find(source) if source.is_dir() else source
+    folder = Path(config.folder or source.parent / "hf")
     safetensors, state = huggingface.safetensors(), checkpoint.load(source)
     tokenizer = from_json(state["tokenizer"]) if state["tokenizer"] else None
     model, bos = checkpoint.load_model(state), tokenizer.bos if tokenizer else None

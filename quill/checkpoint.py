@@ -63,15 +63,12 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
 def load(path: Path | str) -> dict[str, Any]:
     """Load the checkpoint at `path`, quill's or nanoGPT's. → a dict with the keys above, tensors on the CPU
 
-    path: the file, or the folder of a run, or a Hugging Face folder with weights of GPT-2's family.
+    path: a file, or a Hugging Face folder with weights of GPT-2's family.
 
     Raise a UserError if it is damaged, is no checkpoint, or has a newer format.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        state = {"format": FORMAT, **read_folder(path)}
-    else:
-        state = _read(find(path) if path.is_dir() else path)
+    state = {"format": FORMAT, **read_folder(path)} if (path / "config.json").is_file() else _read(path)
     if isinstance(state, dict) and state.keys() >= NANOGPT_KEYS:
         state = {"format": FORMAT, **from_nanogpt(state, path)}
     if not isinstance(state, dict) or "format" not in state:
@@ -97,7 +94,8 @@ def find(out_dir: str | Path) -> Path:
 def _read(path):
     """Verify the checksums of the file `path` and unpickle it, tensors and plain values only."""
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        hint = "; the folder has no config.json, so name a file in it" if path.is_dir() else ""
+        raise UserError(f"{path}: no such checkpoint{hint}")
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has advice for some files that are no checkpoints

@@ -25,11 +25,12 @@ Weights = dict[str, torch.Tensor]
 REFUSED = {"n_layer": 0, "norm": "none", "norm_final": False, "mlp_ratio": 0, "residual": False, "position": "none"}
 REFUSED_WITH_ROPE = {"bias": True}
 REFUSED_WITHOUT = {"norm": "rmsnorm", "norm_embedding": True, "activation": "swiglu", "qk_norm": True}
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2", "swiglu": "silu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2"}
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # GPT-2's class holds them as (in, out)
 WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2 = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_by_inverse_layer_idx": False}
+GPT2 = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+GPT2 |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
 
 def find_class(config: Any, path: Path) -> str:
@@ -108,7 +109,7 @@ def _to_llama(model, weights, name):
     values = {"model_type": kind, "hidden_size": config.n_embd, "num_hidden_layers": config.n_layer}
     values |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head, "head_dim": head_dim}
     values |= {"intermediate_size": model.transformer.h[0].mlp.c_proj.in_features, "rms_norm_eps": 1e-5}
-    values |= {"hidden_act": ACTIVATIONS[config.activation], "max_position_embeddings": config.block_size}
+    values |= {"hidden_act": ACTIVATIONS.get(config.activation, "silu"), "max_position_embeddings": config.block_size}
     return values | {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, theirs
 
 

@@ -145,7 +145,7 @@ def test_nanogpts_other_keys_are_translated_and_noted(capsys, tmp_path):
     assert "note: decay_lr" in notices
     assert flags("--decay_lr=False", "--warmup_iters=9")["warmup_iters"] == 0
     assert flags("--init_from=resume", schema=SampleConfig) == {}
-    with pytest.raises(UserError, match="GPT-2's weights are not read"):
+    with pytest.raises(UserError, match="the folder of GPT-2's weights"):
         flags("--init_from=gpt2-xl", schema=SampleConfig)
 
 
