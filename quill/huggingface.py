@@ -19,8 +19,6 @@ from quill.data import tokenizers
 from quill.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from quill.errors import UserError
 
-Weights = dict[str, torch.Tensor]
-
 # Values of options that no class of transformers has: in any model, with RoPE, and without.
 REFUSED = {"n_layer": 0, "norm": "none", "norm_final": False, "mlp_ratio": 0, "residual": False, "position": "none"}
 REFUSED_WITH_ROPE = {"bias": True}
@@ -48,11 +46,8 @@ def find_class(config: Any, path: Path) -> str:
 
 
 @torch.no_grad()
-def to_transformers(model: GPT, bos: int | None, path: Path) -> tuple[dict[str, Any], Weights]:
-    """Convert the model of the checkpoint `path`. → config.json's values, and float32 weights by their names there
-
-    bos: the id that starts a document, and ends the one before; None for a stream.
-    """
+def to_transformers(model: GPT, bos: int | None, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Convert the model of the checkpoint `path`. → config.json's values, and float32 weights. bos: its id, or None."""
     name, weights = find_class(model.config, path), {key: w.double() for key, w in model.state_dict().items()}
     values, weights = _to_gpt2(model, weights) if name.startswith("GPT2") else _to_llama(model, weights, name)
     values |= {"architectures": [name], "vocab_size": model.vocab_size, "tie_word_embeddings": LM_HEAD not in weights}
@@ -166,30 +161,23 @@ def read_folder(folder: Path) -> dict[str, Any]:
         config |= {"activation": activations[values.get("activation_function", "gelu_new")], "dataset": ""}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{folder / 'config.json'}: not of a GPT-2 that can be read: {error!r}") from None
-    weights, tokenizer = _from_gpt2(_read_weights(folder), tied), _read_tokenizer(folder)
+    weights, tokenizer = {}, _read_tokenizer(folder)
+    for key, weight in _read_weights(folder).items():
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which old versions stored
+            weight = weight.T if key.endswith(TRANSPOSED) and weight.dim() == 2 else weight
+            key = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"  # GPT2Model's lack it
+            weights[key] = weight.float() if weight.is_floating_point() else weight
+    if tied and WTE in weights:
+        weights[LM_HEAD] = weights[WTE]
     state = {"config": config, "vocab_size": values.get("vocab_size"), "model": weights, "ema": None}
     state |= {"tokenizer": tokenizer and tokenizer.to_json(), "step": 0, "best_val_loss": math.inf}
     return without_padding(state, tokenizer.vocab_size) if tokenizer else state
 
 
-def _from_gpt2(theirs, tied):
-    """Convert the weights of GPT2LMHeadModel, or of GPT2Model, whose names lack a prefix."""
-    weights = {}
-    for key, weight in theirs.items():
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which old versions stored
-            weight = weight.T if key.endswith(TRANSPOSED) and weight.dim() == 2 else weight
-            weight = weight.float() if weight.is_floating_point() else weight
-            weights[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = weight
-    return weights | ({LM_HEAD: weights[WTE]} if tied and WTE in weights else {})
-
-
 def without_padding(state: dict[str, Any], size: int) -> dict[str, Any]:
-    """Return `state` with its first `size` ids, if the others are padding to a multiple of 64 or 128, else `state`.
-
-    GPT-2's 50,257 ids are often padded to 50,304, which computes faster. A small vocabulary is never padded.
-    """
-    if size < 1024 or state["vocab_size"] not in {-(-size // n) * n for n in (64, 128)}:
-        return state
+    """Cut the ids after the first `size`, if they are padding to a multiple of 64 or 128, as of 50,257 to 50,304."""
+    if size < 1024 or state["vocab_size"] not in [-(-size // n) * n for n in (64, 128)]:
+        return state  # a small vocabulary is not padded
     weights = {key: weight[:size] if key in (WTE, LM_HEAD) else weight for key, weight in state["model"].items()}
     return state | {"vocab_size": size, "model": weights}
 

@@ -73,6 +73,8 @@ def save_run(folder, tokenizer=TOKENIZERS[0], std=0.4, ema=False, **options):
     model = GPT(config, tokenizer.vocab_size)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.weight, mean=1, std=std)
     weights = {key: weight.clone() for key, weight in model.state_dict().items()}
     if config.tie_weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
@@ -553,8 +555,8 @@ def test_transformers_computes_the_same(name, transformers, tmp_path, capsys):
     largest, greedy = [], []
     for dtype in (torch.float64, torch.float32):
         with torch.no_grad():
-            difference = ours.to(dtype)(idx)[0] - model.to(dtype)(idx).logits
-        largest.append(difference.abs().max().item())
+            logits = ours.to(dtype)(idx)[0]
+            largest.append((logits - model.to(dtype)(idx).logits).abs().max().item())
         row = model.generate(idx[:1, :1], max_new_tokens=count, do_sample=False, eos_token_id=None)
         greedy.append(torch.equal(row, generate(ours, idx[:1, :1], count, temperature=0)))
     assert largest[0] < 1e-5 and greedy[0]
@@ -564,7 +566,8 @@ def test_transformers_computes_the_same(name, transformers, tmp_path, capsys):
     assert theirs("")["input_ids"] == ([] if tokenizer.bos is None else [tokenizer.bos])
     with capsys.disabled():
         words = [f"{count} {'equal' if one else 'differ'}" for one in greedy]
-        row = [name, type(model).__name__, *(f"{one:.1e}" for one in largest), *words]
+        scale = f"{logits.abs().max():.1f}"
+        row = [name, type(model).__name__, scale, *(f"{one:.1e}" for one in largest), *words]
         print(f"\n| {' | '.join(row)} |")
 
 

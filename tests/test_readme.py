@@ -12,18 +12,24 @@ from pathlib import Path
 import pytest
 import scalar_gpt
 
+import export
 import prepare
 import sample
 import train
 from bench import __main__ as bench
 from bench import measure
 from quill.cli import config_files, option_types, read_config_file
-from quill.options import BenchConfig, PrepareConfig, SampleConfig, TrainConfig
+from quill.options import BenchConfig, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1"]  # added at the end of a command: later flags win
-SCRIPTS = {"train.py": train, "sample.py": sample, "prepare.py": prepare}
-SCHEMAS = {"train.py": TrainConfig, "sample.py": SampleConfig, "prepare.py": PrepareConfig}
+SCRIPTS = {"train.py": train, "sample.py": sample, "prepare.py": prepare, "export.py": export}
+SCHEMAS = {
+    "train.py": TrainConfig,
+    "sample.py": SampleConfig,
+    "prepare.py": PrepareConfig,
+    "export.py": ExportConfig,
+}
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 NANOGPT = "python data/shakespeare_char/prepare.py"  # nanoGPT's command, which README names beside ours
 
@@ -90,6 +96,7 @@ def run_command(command, monkeypatch):
     [
         ("README.md", 20, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
         ("docs/tour.md", 15, {"ladder", "shakespeare_char_cpu"}),
+        ("docs/interop.md", 6, {"names", "names_last", "names_again", "names_tuned"}),
         ("CONTRIBUTING.md", 6, {"try", "bench"}),
     ],
 )
@@ -100,6 +107,8 @@ def test_commands_run(page, count, leaves, tmp_path, monkeypatch, capsys):
         assert argv[0] in SCRIPTS and SCRIPTS[argv[0]].main([str(word) for word in argv[1:]]) in (0, None)
         return 1.0, ""
 
+    if page == "docs/interop.md":
+        pytest.importorskip("safetensors")
     monkeypatch.setattr(measure, "process", process)
     for name in ("config", "docs", *SCRIPTS):
         (tmp_path / name).symlink_to(ROOT / name)
