@@ -165,8 +165,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
     for key, weight in _read_weights(folder).items():
         if not key.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which old versions stored
             weight = weight.T if key.endswith(TRANSPOSED) and weight.dim() == 2 else weight
-            key = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"  # GPT2Model's lack it
-            weights[key] = weight.float() if weight.is_floating_point() else weight
+            weights[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = weight
     if tied and WTE in weights:
         weights[LM_HEAD] = weights[WTE]
     state = {"config": config, "vocab_size": values.get("vocab_size"), "model": weights, "ema": None}
