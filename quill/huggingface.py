@@ -105,7 +105,8 @@ def _to_llama(model, weights, name):
     values |= {"num_attention_heads": config.n_head, "num_key_value_heads": config.n_head, "head_dim": head_dim}
     values |= {"intermediate_size": model.transformer.h[0].mlp.c_proj.in_features, "rms_norm_eps": 1e-5}
     values |= {"hidden_act": ACTIVATIONS.get(config.activation, "silu"), "max_position_embeddings": config.block_size}
-    return values | {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, theirs
+    values |= {"rope_theta": 1e4, "rope_scaling": None}  # where transformers 4 looks for them; below, transformers 5
+    return values | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, theirs
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
