@@ -174,8 +174,9 @@ def test_the_written_weights_compute_the_same(name, tmp_path):
 @pytest.mark.parametrize("path", config_files(), ids=lambda path: path.stem)
 def test_every_shipped_config_has_a_class_or_is_refused(path, tmp_path, capsys):
     options = read_config_file(path, TrainConfig) | {"n_embd": 24, "n_head": 2, "out_dir": "/home/me/out", "seed": 5}
+    options["n_layer"] = min(options.get("n_layer", 12), 6)
     save_run(tmp_path, **options)
-    expected = CLASSES[path.stem]
+    expected = CLASSES["gpt2" if path.parent.name == "gpt3" else path.stem]
     if "=" in expected:
         with pytest.raises(UserError, match=f"no counterpart of {expected} in transformers"):
             export.main([str(tmp_path)])
