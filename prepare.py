@@ -4,6 +4,8 @@
     python prepare.py --input=my.txt --dataset=mine                     # your own text, in UTF-8
     python prepare.py --input=my.txt --dataset=mine --documents=lines   # every line is a separate document
     python prepare.py --input=my.txt --dataset=mine --tokenizer=byte    # tokens are bytes, not characters
+    python prepare.py --input=my.txt --dataset=mine --tokenizer=bpe     # tokens are pieces of words, found in the text
+    python prepare.py --bins=FOLDER --dataset=owt --tokenizer=PATH      # train.bin and val.bin of nanoGPT's
 
 A known corpus is read from --input, the folder $QUILL_CORPORA or an earlier download. Otherwise it is downloaded.
 """
@@ -21,7 +23,7 @@ from quill.errors import UserError
 from quill.options import PrepareConfig
 
 USAGE = f"python prepare.py {' | '.join(CORPORA)}, or python prepare.py --input=my.txt --dataset=mine"
-UNITS = {"char": "characters", "byte": "bytes"}
+UNITS = {"char": "characters", "byte": "bytes", "bpe": "tokens of byte-level BPE"}
 
 
 def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
@@ -64,13 +66,18 @@ def known_corpus(name: str) -> Corpus:
 
 def check_own_text(config: PrepareConfig) -> None:
     """Raise a UserError unless --input and --dataset say how to prepare the user's own text."""
-    if not config.input and not config.dataset:
+    if config.bins and (config.input or config.documents != "none" or config.tokenizer in UNITS):
+        raise UserError(
+            f"--bins={config.bins}: give the ids' --tokenizer=PATH with it, and neither --input nor --documents"
+        )
+    if not config.input and not config.bins and not config.dataset:
         raise UserError(f"no corpus and no --input given; use {USAGE}")
-    if not config.input:
+    if not config.input and not config.bins:
         fix = f"use `python prepare.py {config.dataset}`" if config.dataset in CORPORA else "add --input=FILE"
         raise UserError(f"--dataset={config.dataset}: no --input given; {fix}")
     if not config.dataset:
-        raise UserError(f"--input={config.input}: no name given for the dataset; add one, as in --dataset=mine")
+        given = f"--bins={config.bins}" if config.bins else f"--input={config.input}"
+        raise UserError(f"{given}: no name given for the dataset; add one, as in --dataset=mine")
     if config.dataset in CORPORA:
         raise UserError(
             f"--dataset={config.dataset} is the name of a known corpus; choose another, "
@@ -84,28 +91,36 @@ def check_own_text(config: PrepareConfig) -> None:
 def main(argv: list[str]) -> None:
     """Prepare the text that `argv` names, and say what was written."""
     config, corpus = read_options(argv)
-    from quill.data.token_files import prepare, prepare_corpus  # imports numpy, which --help does not need
+    from quill.data import token_files  # imports numpy, which --help does not need
 
+    folder = Path(config.data_dir) / (corpus.name if corpus else config.dataset)
     if corpus:
-        folder, meta = Path(config.data_dir) / corpus.name, prepare_corpus(corpus, config.data_dir, config.input)
+        meta = token_files.prepare_corpus(corpus, config.data_dir, config.input)
+    elif config.bins:
+        meta = token_files.take_over(config.bins, folder, config.tokenizer)
     else:
-        folder = Path(config.data_dir) / config.dataset
-        meta = prepare(config.input, folder, config.tokenizer, config.documents == "lines")
-    report(folder, meta, config.data_dir)
+        vocab_size = config.vocab_size or 4096
+        meta = token_files.prepare(config.input, folder, config.tokenizer, config.documents, vocab_size=vocab_size)
+    report(folder, meta, config)
 
 
-def report(folder: Path, meta: dict[str, Any], data_dir: str) -> None:
+def report(folder: Path, meta: dict[str, Any], config: PrepareConfig) -> None:
     """Print what was written to `folder`, whose meta.json has the values `meta`, and the command that trains on it."""
-    name, kind, ids = folder.name, meta["tokenizer"]["kind"], meta["tokenizer"].get("chars", range(256))
+    from quill.data.tokenizers import from_json
+
+    name, tokenizer = folder.name, from_json(meta["tokenizer"])
     for split, values in meta["splits"].items():
         print(f"{split + ':':12}{values['tokens']:,} tokens")
-    print(f"{'vocabulary:':12}{len(ids):,} {UNITS[kind]}{' and BOS' if meta['documents'] else ''}")
+    bos = " and BOS" if tokenizer.vocab_size > tokenizer.size else ""
+    print(f"{'vocabulary:':12}{tokenizer.size:,} {UNITS[tokenizer.kind]}{bos}")
+    if tokenizer.is_documents and not tokenizer.bos_is_newline:
+        print(f"{'documents:':12}{config.documents}; each starts with the id {tokenizer.bos}, BOS")
     print(f"{'written to:':12}{folder}")
     command = f"python train.py config/{name}.py"
     if name not in CORPORA:
-        base = "names" if meta["documents"] else "shakespeare_char_cpu"
+        base = "names" if tokenizer.bos_is_newline else "shakespeare_char_cpu"
         command = f"python train.py config/{base}.py --dataset={name} --out_dir=out/{name}"
-    print(f"{'next:':12}{command}{'' if data_dir == 'data' else f' --data_dir={data_dir}'}")
+    print(f"{'next:':12}{command}{'' if config.data_dir == 'data' else f' --data_dir={config.data_dir}'}")
 
 
 if __name__ == "__main__":

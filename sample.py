@@ -6,7 +6,8 @@
     python sample.py --out_dir=out/names --score=anna
 
 --score prints a row for each token of a text: what the model expected, and the token's loss. The totals follow. A model
-of documents scores each line and its end. Any other model scores the text as if it followed a newline.
+of documents scores each line and its end, or all of the text where newlines do not end a document. Any other model
+scores the text as if it followed a newline.
 """
 
 if __name__ == "__main__":
@@ -143,7 +144,7 @@ def sample(
     """
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
     ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
-    separator = "\n" if tokenizer.bos is not None else "\n---------------\n"
+    separator = "\n" if tokenizer.bos_is_newline else "\n---------------\n"
     decode_first, ended, drawn = tokenizer.decoder(), False, []
     write(prompt)
     for tokens in stream_tokens(

@@ -273,11 +273,25 @@ class PrepareConfig(Checked):
 
     HEADING: ClassVar[str] = "Preparing a text"
 
-    input: str = option("", "a UTF-8 text file; for a known corpus, a copy of it that you already have")
+    input: str = option("", "UTF-8 text: a file, a,b or texts/*.txt; for a known corpus, a copy that you already have")
     dataset: str = option("", "name of the folder to write in data_dir")
     data_dir: str = option("data", "folder of the prepared datasets")
-    documents: Literal["none", "lines"] = option("none", "lines: every line is a separate document, as in names")
-    tokenizer: Literal["char", "byte"] = option("char", "what a token is: a character of the text, or a UTF-8 byte")
+    documents: str = option(
+        "none", "none | lines | blank_lines between documents | jsonl:FIELD, an object on each line"
+    )
+    tokenizer: str = option("char", "char | byte | bpe, trained on the text | a tokenizer.json, or a folder with one")
+    vocab_size: int | None = option(
+        None, "with --tokenizer=bpe: number of ids, with <|endoftext|>; empty means 4096", at_least=257, below=2**20
+    )
+    bins: str = option("", "instead of --input: a folder with nanoGPT's train.bin and val.bin, for --tokenizer=PATH")
+
+    def _check_group(self) -> None:
+        if self.documents not in ("none", "lines", "blank_lines") and not self.documents.partition("jsonl:")[2]:
+            raise UserError(
+                f"--documents={self.documents}: is one of none, lines, blank_lines, or jsonl:FIELD, as in jsonl:text"
+            )
+        if self.vocab_size is not None and self.tokenizer != "bpe":
+            raise UserError(f"--vocab_size={self.vocab_size}: is for --tokenizer=bpe; others have a vocabulary already")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 The targets are chosen by the same code as in an evaluation (quill/data/batches.py), so the mean loss is what an
 evaluation of these ids would report:
 
-    documents   Every line that is not blank is a document, `BOS a n n a BOS`. The BOS that ends it is predicted too.
+    lines       Every line that is not blank is a document, `BOS a n n a BOS`. The BOS that ends it is predicted too.
+    documents   Where documents may hold newlines, the whole text is one document.
     a stream    The first token is predicted from a newline, as in sampling with an empty prompt. If the vocabulary has
                 no newline, its first character takes its place. So a single character has a score too.
 
@@ -25,7 +26,6 @@ import torch
 
 from model import GPT
 from quill.data.batches import Batches
-from quill.data.token_files import join_documents
 from quill.data.tokenizers import Tokenizer
 from quill.errors import UserError
 
@@ -46,11 +46,11 @@ class Row:
 
 
 def split_documents(text: str, tokenizer: Tokenizer) -> list[str]:
-    """Split `text` into its documents, which are the lines that are not blank. A stream is one document.
+    """Split `text` into its lines that are not blank, if documents are lines. Any other text is one document.
 
     The list is empty if there is nothing to score.
     """
-    if tokenizer.is_documents:
+    if tokenizer.bos_is_newline:
         return [line for line in text.split("\n") if line.strip()]
     return [text] if text else []
 
@@ -60,15 +60,16 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
 
     Returns:
         The ids, uint32, and the text that is scored. The first id is context only. The final BOS of documents is not
-        among the ids, because `Batches` adds it. In the text, the end of a document is a character, the newline that
-        BOS replaces; with a token per character, bits per character are then the mean loss / ln 2.
+        among the ids, because `Batches` adds it. A newline that BOS replaces is a character of the text; with a token
+        per character, bits per character are then the mean loss / ln 2.
 
     Raises:
         UserError: the vocabulary lacks a character.
     """
     if tokenizer.is_documents:
-        text = join_documents(split_documents(text, tokenizer))
-        ids = tokenizer.encode(text)
+        documents = split_documents(text, tokenizer)
+        ids = tokenizer.encode_documents(documents)
+        text = "".join(document + "\n" * tokenizer.bos_is_newline for document in documents)
     else:
         ids = np.concatenate([tokenizer.prompt(""), tokenizer.encode(text)])
     return ids.astype(np.uint32), text
@@ -134,17 +135,15 @@ def totals(losses: list[float], text: str) -> dict[str, float]:
 # ---------------------------------------------------------------- output
 
 
-def readable(text: str, bos: str | None = None) -> list[str]:
+def readable(text: str) -> list[str]:
     """Make every character of `text` visible: a list with a string for each.
 
     A space is ␣. Control characters, combining marks and bytes that are not UTF-8 (decoded with "surrogateescape")
-    are escaped. bos: what is shown for a newline, where a newline is the edge of a document.
+    are escaped.
     """
     cells = []
     for char in text:
-        if char == "\n" and bos:
-            char = bos
-        elif char == " ":
+        if char == " ":
             char = "␣"
         elif "\udc80" <= char <= "\udcff":
             char = f"\\x{ord(char) - 0xDC00:02x}"
@@ -156,14 +155,17 @@ def readable(text: str, bos: str | None = None) -> list[str]:
 
 def token_names(tokenizer: Tokenizer) -> list[str]:
     """Return how each token is shown, by id: a list of V strings."""
-    end = END if tokenizer.is_documents else None
-    return ["".join(readable(tokenizer.decode([i], "surrogateescape"), end)) for i in range(tokenizer.vocab_size)]
+    names = ["".join(readable(tokenizer.decode([i], "surrogateescape"))) for i in range(tokenizer.vocab_size)]
+    if tokenizer.bos is not None:
+        names[tokenizer.bos] = END
+    return names
 
 
 def context_tail(ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
     """Return the end of a context, at most CONTEXT_WIDTH columns wide; it starts with … if it is shortened."""
     ids = ids[-4 * (CONTEXT_WIDTH + 1) :]  # a character has up to 4 bytes, so this is more than is shown
-    cells = readable(tokenizer.decode(ids, "surrogateescape"), START if tokenizer.is_documents else None)
+    is_start = ids[0] == tokenizer.bos  # no context goes beyond the start of its document
+    cells = [START] * is_start + readable(tokenizer.decode(ids[is_start:], "surrogateescape"))
     if sum(map(width, cells)) <= CONTEXT_WIDTH:
         return "".join(cells)
     while sum(map(width, cells)) > CONTEXT_WIDTH - 1:
@@ -197,7 +199,7 @@ def table(rows: Iterable[Row], tokenizer: Tokenizer, text: str) -> Iterator[str]
         p = f"{p:.4f}" if p >= 5e-5 else f"{p:.0e}"
         yield f"{pad(row.context, CONTEXT_WIDTH)}  {cells}  {pad(row.token, last)}  {p:>6}  {row.loss:7.3f}"
     values = totals(losses, text)
-    ends = f", counting the end ({END}) of each document" if tokenizer.is_documents else ""
+    ends = f", counting the end ({END}) of each document" if tokenizer.bos_is_newline else ""
     yield ""
     yield f"{'total loss':20}{values['total_loss']:.4f} nats over {values['tokens']:,} tokens"
     yield f"{'mean loss':20}{values['mean_loss']:.4f} nats a token"

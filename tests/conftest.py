@@ -55,7 +55,7 @@ def data_dir(tmp_path_factory):
     for name, text, is_documents in (("prose", " ".join(words), False), ("words", "\n".join(words), True)):
         source = folder / f"{name}.txt"
         source.write_text(text, encoding="utf-8")
-        token_files.prepare(source, folder / name, "char", is_documents, name)
+        token_files.prepare(source, folder / name, "char", "lines" if is_documents else "none", name)
     return folder
 
 

@@ -65,7 +65,7 @@ def test_a_dataset_of_format_1_opens_and_is_written_the_same(tmp_path):
     dataset = token_files.open_dataset(GOLDEN / "data", "question")
     assert dataset.tokenizer.decode([*dataset.train, *dataset.val]) == QUESTION * 40
     (tmp_path / "question.txt").write_bytes((QUESTION * 40).encode())
-    token_files.prepare(tmp_path / "question.txt", tmp_path / "again", "char", False, "question")
+    token_files.prepare(tmp_path / "question.txt", tmp_path / "again", "char", "none", "question")
     for name in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "again" / name).read_bytes() == (GOLDEN / "data" / "question" / name).read_bytes(), name
 

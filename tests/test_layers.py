@@ -21,8 +21,10 @@ LAYERS = [
     {"quill/options.py": "", "quill/cli.py": ""},
     {
         "quill/data/__init__.py": "",
+        "quill/data/bpe.py": "(tokenizers)",
         "quill/data/corpora.py": "numpy tqdm",
         "quill/data/tokenizers.py": "numpy tqdm (tokenizers)",
+        "quill/data/texts.py": "tqdm",
         "quill/data/token_files.py": "numpy tqdm",
         "quill/data/batches.py": "numpy tqdm torch",
         "quill/data/splits.py": "numpy tqdm torch",

@@ -68,7 +68,10 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["names", "--dataset=mine"], "--dataset=mine: names has dataset=names"),
         (["names", "--input=TEXT"], "bundled"),
         (["shakespeare_char", "--input=TEXT"], "is not shakespeare_char: its SHA-256"),
-        (["--input=TEXT", "--dataset=mine", "--tokenizer=bpe"], "tokenizer is one of char, byte"),
+        (
+            ["--input=TEXT", "--dataset=mine", "--tokenizer=bep"],
+            "tokenizer=bep: there is no such file.*did you mean bpe",
+        ),
         (["--input=TEXT", "--dataset=mine", "--splits=3"], "no option splits"),
         *(
             (["--input=TEXT", f"--dataset={name}"], "begin it with a letter")

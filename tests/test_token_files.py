@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ALICE, needs_corpora
 
-from quill.data import corpora, token_files
+from quill.data import corpora, texts, token_files
 from quill.data.token_files import open_dataset, prepare, prepare_if_missing
 from quill.errors import UserError
 
@@ -97,16 +97,16 @@ def test_a_stream_is_the_text_in_order(write, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-@pytest.mark.parametrize("is_documents", [False, True])
+@pytest.mark.parametrize("documents", ["none", "lines", "blank_lines"])
 @pytest.mark.parametrize("chunk", [3, 5, 64])
-def test_the_size_of_the_chunks_changes_nothing(write, tmp_path, monkeypatch, kind, is_documents, chunk):
+def test_the_size_of_the_chunks_changes_nothing(write, tmp_path, monkeypatch, kind, documents, chunk):
     """Characters, line ends, the byte-order mark and the split may extend over two chunks."""
     rng = random.Random(0)
     plain = "a" + "".join(rng.choices(["a", "ß", "日本", "🙂", "\ufeff", "\n", "\n\n", " "], k=300))
-    prepare(write(plain, "a.txt"), tmp_path / "whole", kind, is_documents, "same")
-    monkeypatch.setattr(token_files, "CHUNK", chunk)
+    prepare(write(plain, "a.txt"), tmp_path / "whole", kind, documents, "same")
+    monkeypatch.setattr(texts, "CHUNK", chunk)
     source = write(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode(), "b.txt")
-    prepare(source, tmp_path / "pieces", kind, is_documents, "same")
+    prepare(source, tmp_path / "pieces", kind, documents, "same")
     whole, pieces = contents(tmp_path / "whole"), contents(tmp_path / "pieces")
     assert whole["train.bin"] == pieces["train.bin"]
     assert whole["val.bin"] == pieces["val.bin"]
@@ -123,9 +123,9 @@ def test_line_ends_and_the_byte_order_mark(write, tmp_path):
 
 
 def test_the_same_text_gives_the_same_bytes(write, tmp_path):
-    for kind, is_documents in itertools.product(["char", "byte"], [False, True]):
-        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "one", kind, is_documents)
-        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "two", kind, is_documents)
+    for kind, documents in itertools.product(["char", "byte"], ["none", "lines"]):
+        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "one", kind, documents)
+        prepare(write(ALICE + "\n".join(NAMES)), tmp_path / "two", kind, documents)
         assert contents(tmp_path / "one") == contents(tmp_path / "two")
         assert str(tmp_path).encode() not in contents(tmp_path / "one")["meta.json"]
 
@@ -150,7 +150,7 @@ def test_a_text_shorter_than_any_block(write, tmp_path):
 @pytest.mark.parametrize("kind", ["char", "byte"])
 def test_documents_are_kept_whole_and_split_by_their_text(write, tmp_path, kind):
     lines = NAMES * 2 + ["ß", " padded ", "", "\t ", "日本 語"]
-    dataset = prepared(write("\n\n".join(lines)), tmp_path, kind, True)
+    dataset = prepared(write("\n\n".join(lines)), tmp_path, kind, "lines")
     train, val = (documents_of(tokens, dataset.tokenizer) for tokens in (dataset.train, dataset.val))
     wanted = [line for line in lines if line.strip()]
     # the rule, written for one document at a time
@@ -166,20 +166,20 @@ def test_documents_are_kept_whole_and_split_by_their_text(write, tmp_path, kind)
 def test_no_split_is_ever_empty(write, tmp_path):
     sides = {bool(zlib.crc32(name.encode()) % 10): name for name in NAMES}
     for lines in ([f"{sides[True]}"] * 3 + ["zed"], [sides[False], sides[False] + "\u2003"], ["a", "b", "a", "b"]):
-        dataset = prepared(write("\n".join(lines)), tmp_path, "char", True)
+        dataset = prepared(write("\n".join(lines)), tmp_path, "char", "lines")
         train, val = (documents_of(tokens, dataset.tokenizer) for tokens in (dataset.train, dataset.val))
         assert sorted(train + val) == sorted(lines)
         assert not set(train) & set(val)
     for name in (sides[True], sides[False]):
         with pytest.raises(UserError, match="need two that differ"):
-            prepare(write(f"{name}\n\n{name}\n"), tmp_path / "one", "char", True)
+            prepare(write(f"{name}\n\n{name}\n"), tmp_path / "one", "char", "lines")
 
 
 def test_a_line_that_is_too_long_is_refused(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_files, "LONGEST_DOCUMENT", 100)
-    monkeypatch.setattr(token_files, "CHUNK", 64)
+    monkeypatch.setattr(texts, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(texts, "CHUNK", 64)
     with pytest.raises(UserError, match="longer than 100 characters"):
-        prepare(write("short\n" + "long" * 50), tmp_path / "mine", "char", True)
+        prepare(write("short\n" + "long" * 50), tmp_path / "mine", "char", "lines")
 
 
 # ---------------------------------------------------------------- what bad input gets
@@ -201,10 +201,10 @@ def test_a_line_that_is_too_long_is_refused(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["char", "byte"])
 @pytest.mark.parametrize("chunk", [4, 2**20])
 def test_texts_that_are_refused(write, tmp_path, monkeypatch, content, is_documents, reason, kind, chunk):
-    monkeypatch.setattr(token_files, "CHUNK", chunk)
+    monkeypatch.setattr(texts, "CHUNK", chunk)
     source = write(content)
     with pytest.raises(UserError, match=reason) as caught:
-        prepare(source, tmp_path / "mine", kind, is_documents)
+        prepare(source, tmp_path / "mine", kind, "lines" if is_documents else "none")
     assert str(source) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mine").exists()
@@ -309,12 +309,12 @@ def foreign_id(folder):
         (lambda folder: (folder / "meta.json").write_bytes(b"[" * 100_000), "meta.json: damaged"),
         (lambda folder: (folder / "meta.json").write_bytes(b"[1]"), "meta.json: damaged"),
         (lambda folder: (folder / "meta.json").write_bytes(b'{"format": 1}'), "meta.json: damaged .*'dtype'"),
-        (change_meta(format=2), "meta.json: format 2 is newer than 1"),
+        (change_meta(format=3), "meta.json: format 3 is newer than 2"),
         (change_meta(format="one"), "meta.json: damaged"),
         (change_meta(dtype="float32"), "meta.json: damaged"),
         (change_meta(dtype=["uint16"]), "meta.json: damaged"),
         (change_meta(documents=True), "meta.json: damaged"),
-        (change_meta(tokenizer={"kind": "bpe"}), "meta.json: tokenizer kind 'bpe'"),
+        (change_meta(tokenizer={"kind": "wordpiece"}), "meta.json: tokenizer kind 'wordpiece'"),
         (change_meta(splits={}), "meta.json: damaged"),
         (change_meta(splits=[]), "meta.json: damaged"),
         (change_meta(splits={"train": {}, "val": {}}), "meta.json: damaged"),

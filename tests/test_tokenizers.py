@@ -129,7 +129,7 @@ def test_json_and_equality():
     [
         None,
         {},
-        {"kind": "bpe", "documents": False},
+        {"kind": "wordpiece", "documents": False},
         {"kind": ["char"], "documents": False},
         {"kind": "byte"},
         {"kind": "char", "documents": False},

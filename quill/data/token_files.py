@@ -1,51 +1,54 @@
-"""Write a text file as token files, and open them: data/<dataset>/{train.bin, val.bin, meta.json}.
+"""Write texts as token files, and open them: data/<dataset>/{train.bin, val.bin, meta.json}.
 
 The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothing else, so other tools can read them.
 meta.json describes them and holds their SHA-256. The same text always gives the same bytes.
 
-A stream is split once: the first nine tenths of its tokens are for training. Of documents, one per line, about a tenth
-are for validation. The checksum of its text decides in which split a document is, so equal documents are in the same
-split. Blank lines are not documents.
+A stream is split once: its first nine tenths are for training, in characters (bytes with the byte tokenizer). A word
+at the border is encoded as two. Of documents, about a tenth are for validation. The checksum of its text decides in
+which split a document is, so equal documents are in the same split. Blank documents are left out.
 
-How a text is tokenized is left to tokenizers.py, and where the known corpora are found to corpora.py.
+How a text is tokenized is left to tokenizers.py, how it is read to texts.py, and where the known corpora are found to
+corpora.py.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
 import json
 import operator
 import os
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from quill.cli import did_you_mean
+from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
-from quill.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, code_points, from_json
+from quill.data.texts import CHUNK, Digest, Texts, find_texts
+from quill.data.tokenizers import (
+    KINDS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    code_points,
+    from_json,
+    make,
+)
 from quill.errors import UserError
 from quill.files import folder_lock, replacing
 
-FORMAT = 1
-CHUNK = 2**20  # bytes of text in memory at a time, so that a text of any length can be read
-LONGEST_DOCUMENT = 2**24  # characters; a document is in memory as a whole
+FORMAT = 2  # 1 unless a document's BOS is a token of its own
 HASHED_BYTES = 2**28  # only the size of a larger .bin is checked: hashing it would delay every start
-
-
-class Digest(Protocol):
-    """A hash object, as from hashlib.sha256()."""
-
-    def update(self, data: bytes, /) -> None:
-        """Add `data` to what is hashed."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +84,29 @@ def prepare_corpus(corpus: Corpus, data_dir: str | Path = "data", input: str = "
     """Locate the text of a known corpus and prepare it as `data_dir`/<its name>. Returns the values of meta.json."""
     source = locate(corpus, input, data_dir)
     name = corpus.url or f"data/{corpus.file}"
-    return prepare(source, Path(data_dir) / corpus.name, corpus.tokenizer, corpus.is_documents, name)
+    documents = "lines" if corpus.is_documents else "none"
+    return prepare(source, Path(data_dir) / corpus.name, corpus.tokenizer, documents, name)
 
 
 def prepare(
-    source: str | Path, out: str | Path, tokenizer: str = "char", is_documents: bool = False, name: str = ""
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str = "char",
+    documents: str = "none",
+    name: str = "",
+    vocab_size: int = 4096,
 ) -> dict[str, Any]:
-    """Write the UTF-8 text file `source` as token files in the folder `out`, replacing older ones.
+    """Write UTF-8 text files as token files in the folder `out`, replacing older ones.
 
     The text is read twice: first for its vocabulary and length, then to encode it.
 
     Args:
-        source: the text file. A byte-order mark is dropped, and every kind of line end is read as a newline.
+        source: as in --input: a file, or several.
         out: the dataset's folder.
-        tokenizer: "char" or "byte".
-        is_documents: every line is a document.
-        name: the name of the source in meta.json; by default its file name.
+        tokenizer: as in --tokenizer: "char", "byte", "bpe", or what `read_tokenizer` takes.
+        documents: as in --documents: what ends a document, or "none" for a stream.
+        name: the name of the source in meta.json; by default its file names.
+        vocab_size: the number of ids of a BPE tokenizer that is trained.
 
     Returns:
         The values of meta.json.
@@ -104,32 +114,78 @@ def prepare(
     Raises:
         UserError: `source` can't be read, is not UTF-8, is too short, or changes while it is read.
     """
-    source, out = Path(source), Path(out)
-    if not os.path.isfile(source):  # unlike Path.is_file, it is False without the permission to look
-        reason = "not a regular file" if os.path.exists(source) else "no such file"
-        raise UserError(f"{source}: {reason}; --input=FILE names a text")
-    with tqdm(total=2 * source.stat().st_size, unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
-        text, digest, again = TextFile(source, is_documents, bar), hashlib.sha256(), hashlib.sha256()
-        scan = scan_text(text, tokenizer, digest)
-        dtype = np.dtype("<u2" if scan.tokenizer.vocab_size <= 65_535 else "<u4")
-        files = replacing(out / "train.bin", out / "val.bin", out / "meta.json")
-        with folder_lock(out, wait=True), files as (train, val, meta):
-            splits = {"train": TokenFileWriter(train, dtype), "val": TokenFileWriter(val, dtype)}
-            for train_ids, val_ids in encode_splits(text, scan, again):
-                splits["train"].write(train_ids)
-                splits["val"].write(val_ids)
-            if again.digest() != digest.digest():
-                raise UserError(f"{source}: changed while it was read; run the command again")
-            values = {
-                "format": FORMAT,
-                "tokenizer": scan.tokenizer.to_json(),
-                "dtype": dtype.name,
-                "documents": is_documents,
-                "splits": {name: split.describe() for name, split in splits.items()},
-                "source": {"name": name or source.name, "sha256": digest.hexdigest()},
-            }
-            meta.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
+    paths = find_texts(source)
+    known = None if tokenizer in KINDS else make(read_tokenizer(tokenizer), documents != "none", documents == "lines")
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(total=2 * size, unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
+        text, digest = Texts(paths, documents, bar), hashlib.sha256()
+        scan = scan_text(text, known or tokenizer, digest, vocab_size)
+        names = ", ".join(path.name for path in paths)
+        return write_dataset(Path(out), scan.tokenizer, encode_splits(text, scan, digest), name or names, digest)
+
+
+def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, Any]:
+    """Write nanoGPT's train.bin and val.bin in the folder `bins` as the dataset `out`. Returns the values of meta.json.
+
+    Raise a UserError if they have ids that `tokenizer` lacks, which is as in `read_tokenizer`.
+    """
+    paths = [Path(bins) / "train.bin", Path(bins) / "val.bin"]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: no such file; --bins=FOLDER names nanoGPT's folder of train.bin and val.bin")
+    known, digest = make(read_tokenizer(tokenizer), False, False), hashlib.sha256()
+    size = sum(path.stat().st_size for path in paths)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="copying", disable=None) as bar:
+        train, val = (read_ids(path, known, digest, bar) for path in paths)
+        splits = chain(((ids, ids[:0]) for ids in train), ((ids[:0], ids) for ids in val))
+        return write_dataset(Path(out), known, splits, str(bins), digest)
+
+
+def read_ids(path: Path, tokenizer: Tokenizer, digest: Digest, bar: tqdm) -> Iterator[np.ndarray]:
+    """Read a .bin file and yield its ids, (T,) each; add its bytes to `digest`. Raise a UserError if it is not one."""
+    dtype, size = dtype_of(tokenizer), path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise UserError(f"{path}: has {size:,} bytes, which are not ids of {dtype.itemsize} bytes")
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+            ids = np.frombuffer(chunk, dtype)
+            if (largest := ids.max()) >= tokenizer.vocab_size:
+                raise UserError(f"{path}: has the id {largest}, but --tokenizer has {tokenizer.vocab_size} ids")
+            yield ids
+
+
+def write_dataset(
+    out: Path, tokenizer: Tokenizer, split_ids: Iterable[tuple[np.ndarray, np.ndarray]], name: str, digest: Digest
+) -> dict[str, Any]:
+    """Write a dataset's three files, whole or not at all. Returns the values of meta.json.
+
+    split_ids: pieces of the splits, (ids for training, ids for validation).
+    name, digest: the source in meta.json. The digest is read when all ids are written.
+    """
+    dtype = dtype_of(tokenizer)
+    files = replacing(out / "train.bin", out / "val.bin", out / "meta.json")
+    with folder_lock(out, wait=True), files as (train, val, meta):
+        splits = {"train": TokenFileWriter(train, dtype), "val": TokenFileWriter(val, dtype)}
+        for train_ids, val_ids in split_ids:
+            splits["train"].write(train_ids)
+            splits["val"].write(val_ids)
+        values = {
+            "format": 2 if tokenizer.is_documents and not tokenizer.bos_is_newline else 1,
+            "tokenizer": tokenizer.to_json(),
+            "dtype": dtype.name,
+            "documents": tokenizer.is_documents,
+            "splits": {split: writer.describe() for split, writer in splits.items()},
+            "source": {"name": name, "sha256": digest.hexdigest()},
+        }
+        meta.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
     return values
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type of a tokenizer's ids in a .bin file."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
 
 
 @dataclass(frozen=True)
@@ -137,125 +193,113 @@ class Scan:
     """What `scan_text` finds out about a text."""
 
     tokenizer: Tokenizer
-    tokens: int  # without BOS
+    length: int  # in bytes for the tokenizer "byte", else in characters
     moved: str | None  # the document that is moved to the other split, because that split would be empty
 
 
-def scan_text(text: TextFile, kind: str, digest: Digest) -> Scan:
-    """Read a text for the first time, for the vocabulary of its `kind` of tokenizer and its number of tokens.
+def scan_text(text: Texts, tokenizer: Tokenizer | str, digest: Digest, vocab_size: int) -> Scan:
+    """Read a text for the first time, for its length and, if `tokenizer` is only the name of a kind, its vocabulary.
 
     Raises:
         UserError: there is too little text for two splits.
     """
-    known, tokens = np.zeros(sys.maxunicode + 1, bool), 0
+    kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
+    known, length = np.zeros(sys.maxunicode + 1, bool), 0
     sides: set[bool] = set()  # the splits that get a document
     ends: list[str] = []  # the first and the last document in sorted order
-    for piece in text.pieces(digest):
-        if isinstance(piece, list):
-            if len(sides) < 2:
-                sides |= set(in_val(piece).tolist())
-                ends = [min(piece + ends), max(piece + ends)]
-            piece = join_documents(piece)
-        if kind == "char":
-            codes = code_points(piece)
-            if not known.take(codes).all():  # reading `known` is faster than writing to it
-                known[codes] = True
-        tokens += len(piece) if kind == "char" else len(piece.encode())
-    if tokens == 0:
-        raise UserError(f"{text.path}: there is no text in it")
+
+    def scanned() -> Iterator[str | list[str]]:
+        nonlocal length, ends
+        for piece in text.pieces(digest):
+            yield piece
+            if isinstance(piece, list):
+                if len(sides) < 2:
+                    sides.update(in_val(piece).tolist())
+                    ends = [min(piece + ends), max(piece + ends)]
+                piece = "".join(piece)
+            if tokenizer == "char":
+                codes = code_points(piece)
+                if not known.take(codes).all():  # reading `known` is faster than writing to it
+                    known[codes] = True
+            length += len(piece.encode()) if kind == "byte" else len(piece)
+
+    pieces = scanned()
+    if tokenizer == "bpe":
+        documents = (bpe.cut_stream([document]) for some in pieces for document in some)
+        words = chain.from_iterable(documents) if text.is_documents else bpe.cut_stream(pieces)
+        tokenizer = BPETokenizer(bpe.train(words, vocab_size), text.is_documents)
+    for _ in pieces:  # all, or what is left after a sample for BPE
+        pass
+    if length == 0:
+        raise UserError(f"{text.name}: there is no text in it")
     if text.is_documents and len(set(ends)) == 1:
-        raise UserError(f"{text.path}: has one distinct document, but train and val need two that differ")
-    if tokens == 1:
-        raise UserError(f"{text.path}: has one token, but train and val need at least one each")
-    chars = map(chr, np.flatnonzero(known))
-    tokenizer = CharTokenizer(chars, text.is_documents) if kind == "char" else ByteTokenizer(text.is_documents)
-    return Scan(tokenizer, tokens, ends[1] if len(sides) == 1 else None)
+        raise UserError(f"{text.name}: has one distinct document, but train and val need two that differ")
+    if length == 1:
+        raise UserError(f"{text.name}: has one token, but train and val need at least one each")
+    if tokenizer == "char":
+        tokenizer = CharTokenizer(map(chr, np.flatnonzero(known)), text.is_documents, text.documents == "lines")
+    elif tokenizer == "byte":
+        tokenizer = ByteTokenizer(text.is_documents, text.documents == "lines")
+    return Scan(tokenizer, length, ends[1] if len(sides) == 1 else None)
 
 
-def encode_splits(text: TextFile, scan: Scan, digest: Digest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read a text for the second time and yield its ids in pieces, (those for training, those for validation)."""
-    train_left = scan.tokens * 9 // 10  # of a stream
-    for piece in text.pieces(digest):
-        if isinstance(piece, list):
-            val_side = in_val(piece, scan.moved)
-            train, val = (join_documents(compress(piece, side)) for side in (~val_side, val_side))
-            yield scan.tokenizer.encode(train), scan.tokenizer.encode(val)
-        else:
+def encode_splits(text: Texts, scan: Scan, digest: Digest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read a text for the second time and yield its ids in pieces, (those for training, those for validation).
+
+    digest: that of the first time. Raise a UserError if the text has changed.
+    """
+    again = hashlib.sha256()
+    pieces, train_left = text.pieces(again), scan.length * 9 // 10  # of a stream
+    if text.is_documents:
+        yield from in_background(scan.tokenizer.encode_documents, split_documents(pieces, scan.moved))
+    elif isinstance(scan.tokenizer, BPETokenizer):
+        yield from in_background(scan.tokenizer.encode_pieces, split_stream(pieces, train_left))
+    else:
+        for piece in pieces:
             ids = scan.tokenizer.encode(piece)
             yield ids[:train_left], ids[train_left:]
             train_left = max(0, train_left - len(ids))
+    if again.digest() != digest.digest():
+        raise UserError(f"{text.name}: changed while it was read; run the command again")
+
+
+def in_background(
+    encode: Callable[[list[str]], np.ndarray], splits: Iterable[tuple[list[str], list[str]]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (encode(train), encode(val)) for each of `splits`, in order. A thread encodes while the next are read."""
+    with ThreadPoolExecutor(1, "encode") as pool:
+        waiting: deque[list[Future[np.ndarray]]] = deque()
+        for pair in splits:
+            waiting.append([pool.submit(encode, texts) for texts in pair])
+            if len(waiting) == 3:  # so that memory is bounded
+                train, val = waiting.popleft()
+                yield train.result(), val.result()
+        for train, val in waiting:
+            yield train.result(), val.result()
+
+
+def split_documents(pieces: Iterable[list[str]], moved: str | None) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the documents in `pieces` as (those for training, those for validation)."""
+    for documents in pieces:
+        side = in_val(documents, moved)
+        yield [*compress(documents, ~side)], [*compress(documents, side)]
+
+
+def split_stream(texts: Iterable[str], train_left: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the pieces of a stream, its first `train_left` characters for training, the others for validation."""
+    train_rest = val_rest = ""
+    for text in texts:
+        train, train_rest = bpe.cut(train_rest + text[:train_left])
+        val, val_rest = bpe.cut(val_rest + text[train_left:])
+        train_left = max(0, train_left - len(text))
+        yield train, val
+    yield [train_rest], [val_rest]
 
 
 def in_val(documents: list[str], moved: str | None = None) -> np.ndarray:
     """Return which of `documents` are for validation, (len(documents),) bool. `moved`, if any, changes its split."""
     sums = np.fromiter(map(zlib.crc32, map(str.encode, documents)), np.uint32, len(documents))
     return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
-
-
-def join_documents(documents: Iterable[str]) -> str:
-    """Join documents to the text that a tokenizer encodes as `BOS a b c BOS d e …`."""
-    return "\n".join(["", *documents])
-
-
-class TextFile:
-    """A UTF-8 text file, read in pieces. Line ends of every kind become newlines; a byte-order mark is dropped."""
-
-    def __init__(self, path: Path, is_documents: bool, bar: tqdm) -> None:
-        """bar: the progress bar to update with the number of bytes read."""
-        self.path, self.is_documents, self.bar = path, is_documents, bar
-
-    def pieces(self, digest: Digest) -> Iterator[str | list[str]]:
-        """Read the file and yield its pieces, none of them empty: of a stream text, else lists of documents.
-
-        The bytes of the file are added to `digest`.
-        """
-        if not self.is_documents:
-            yield from self.decoded(digest)
-            return
-        rest = ""
-        for text in self.decoded(digest):
-            *lines, rest = (rest + text).split("\n")
-            if len(rest) > LONGEST_DOCUMENT:
-                raise UserError(f"{self.path}: a line is longer than {LONGEST_DOCUMENT:,} characters; see --documents")
-            if lines := list(filter(str.strip, lines)):
-                yield lines
-        if rest.strip():
-            yield [rest]
-
-    def decoded(self, digest: Digest) -> Iterator[str]:
-        """Read the file and yield its text in pieces, none of them empty; add its bytes to `digest`.
-
-        Raises:
-            UserError: the file can't be read, or is not UTF-8; the message has the byte and the line.
-        """
-        newlines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-        at, chunk = 0, b"-"
-        try:
-            with open(self.path, "rb") as file:
-                while chunk:
-                    chunk = file.read(CHUNK)
-                    digest.update(chunk)
-                    mark = len(codecs.BOM_UTF8) if at == 0 and chunk.startswith(codecs.BOM_UTF8) else 0
-                    at += len(chunk)
-                    if text := newlines.decode(chunk[mark:], final=not chunk):
-                        yield text
-                    self.bar.update(len(chunk))
-        except UnicodeDecodeError as error:
-            # error.object ends at byte `at` of the file, but it may begin in an earlier chunk.
-            at += error.start - len(error.object)
-            raise UserError(
-                f"{self.path}: not UTF-8 at byte {at} (line {self.line_number(at)}): {error.reason}; save it as UTF-8"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be read: {error.strerror}") from None
-
-    def line_number(self, at: int) -> int:
-        """Return the number of the line with byte `at`, from 1."""
-        newlines, line = io.IncrementalNewlineDecoder(None, translate=True), 1
-        with open(self.path, "rb") as file:
-            for start in range(0, at, CHUNK):
-                line += newlines.decode(file.read(min(CHUNK, at - start)).decode("latin-1")).count("\n")
-        return line + newlines.decode("", True).count("\n")
 
 
 class TokenFileWriter:
@@ -316,6 +360,38 @@ def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {command} writes it again") from None
     return Dataset(dataset, tokenizer, tokenizer.is_documents, splits["train"], splits["val"], meta)
+
+
+def read_tokenizer(name: str) -> dict[str, Any]:
+    """Read the tokenizer that --tokenizer names by a path. → its description, as from `Tokenizer.to_json`
+
+    It is the one of a prepared dataset, a tokenizer.json or its folder, or a folder with vocab.json and merges.txt.
+
+    Raises:
+        UserError: there is none, or it is not one that quill reads.
+    """
+    path = Path(name)
+    if os.path.isdir(path):
+        found = [path / file for file in ("meta.json", "tokenizer.json", "vocab.json") if os.path.isfile(path / file)]
+        if not found:
+            raise UserError(f"--tokenizer={name}: has no meta.json, tokenizer.json, or vocab.json and merges.txt")
+        path = found[0]
+    elif not os.path.isfile(path):
+        kinds = f"{', '.join(KINDS)}, a tokenizer.json, or a folder{did_you_mean(name, KINDS)}"
+        raise UserError(f"--tokenizer={name}: there is no such file; it is one of {kinds}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "vocab.json":
+            values = bpe.describe(values, path.with_name("merges.txt").read_text(encoding="utf-8"))
+        values = values["tokenizer"] if path.name == "meta.json" else {"kind": "bpe", "tokenizer": values}
+        from_json({"documents": False} | values)
+        return values
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None
 
 
 def open_split(path: Path, dtype: np.dtype, tokens: int, sha256: str, vocab_size: int) -> np.memmap:

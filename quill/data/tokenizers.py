@@ -1,18 +1,22 @@
 r"""Tokenizers: text to token ids and back, and their description in JSON. Files are left to token_files.py.
 
-A tokenizer is made for a stream or for documents. A stream is one long text, and its ids are its tokens. Documents are
-short texts, one per line; each of them starts with one more id, BOS, which is the last of the vocabulary. BOS replaces
-the newline in both directions: "\nanna\nbob" is `BOS a n n a BOS b o b`.
+A tokenizer is made for a stream or for documents. A stream is one long text, and its ids are its tokens. Each document
+starts with one more id, BOS. Of characters and bytes, it is the last of the vocabulary. A document is one of two kinds:
+
+    a line      BOS replaces the newline in both directions: "\nanna\nbob" is `BOS a n n a BOS b o b`.
+    any text    BOS stands for no text, and newlines are tokens like others. Documents of BPE are always of this kind.
 
 Shapes: T tokens in a text.
 """
 
 import codecs
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from quill.data import bpe
 from quill.errors import UserError
 
 
@@ -20,15 +24,16 @@ class Tokenizer:
     """Base class. A subclass sets `kind` and `size`, and implements `encode` and `decoder`.
 
     kind: its name in --tokenizer and in JSON.
-    size: the number of ids, without BOS.
+    size: the number of ids, without a BOS that follows them.
     """
 
     kind: str
     size: int
 
-    def __init__(self, is_documents: bool = False) -> None:
-        """is_documents: the text is a set of documents, one per line, and not a stream."""
+    def __init__(self, is_documents: bool = False, bos_is_newline: bool = True) -> None:
+        """is_documents: the text is a set of documents, not a stream. bos_is_newline: each of them is a line."""
         self.is_documents = is_documents
+        self.bos_is_newline = is_documents and bos_is_newline
 
     @property
     def vocab_size(self) -> int:
@@ -44,8 +49,19 @@ class Tokenizer:
         """Encode `text` to its ids (T,), int64. Raise a UserError if the vocabulary lacks a character."""
         raise NotImplementedError
 
+    def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Encode each of `texts`. → their ids, (T,) each"""
+        return [self.encode(text) for text in texts]
+
+    def encode_documents(self, documents: Iterable[str]) -> np.ndarray:
+        """Encode documents, each with BOS before it, to the ids of all (T,), int64."""
+        if self.bos_is_newline:
+            return self.encode("\n".join(["", *documents]))
+        bos = np.array([self.bos])
+        return np.concatenate([bos[:0], *(part for ids in self.encode_all(documents) for part in (bos, ids))])
+
     def decode(self, ids: Sequence[int] | np.ndarray, errors: str = "replace") -> str:
-        """Decode `ids` to text, with a newline for BOS. errors: as in `bytes.decode`."""
+        """Decode `ids` to text, with a newline for a BOS that replaces one. errors: as in `bytes.decode`."""
         return self.decoder(errors)(ids, final=True)
 
     def decoder(self, errors: str = "replace") -> Callable[..., str]:
@@ -56,13 +72,18 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def without_bos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return `ids` as int64, without a BOS that stands for no text."""
+        ids = np.asarray(ids, dtype=np.int64)
+        return ids if self.bos_is_newline or self.bos is None else ids[ids != self.bos]
+
     def prompt(self, text: str) -> np.ndarray:
         """Encode `text` as a prompt: the ids (T,), T ≥ 1, that generation continues.
 
         Documents start with BOS. For a stream, an empty prompt is a newline.
         """
         if self.is_documents:
-            return self.encode("\n" + text)
+            return self.encode_documents([text])
         return self.encode(text or self.newline())
 
     def newline(self) -> str:
@@ -76,7 +97,8 @@ class Tokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """Return the description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
-        return {"kind": self.kind, "documents": self.is_documents}
+        own_bos = self.is_documents and not self.bos_is_newline
+        return {"kind": self.kind, "documents": self.is_documents} | ({"bos_is_newline": False} if own_bos else {})
 
     def __eq__(self, other: object) -> bool:
         """Return whether both encode every text to the same ids."""
@@ -84,7 +106,7 @@ class Tokenizer:
 
     def __hash__(self) -> int:
         """Equal tokenizers have equal hashes."""
-        return hash(tuple(self.to_json().values()))
+        return hash((self.kind, self.is_documents, self.size))
 
 
 class CharTokenizer(Tokenizer):
@@ -92,12 +114,12 @@ class CharTokenizer(Tokenizer):
 
     kind = "char"
 
-    def __init__(self, chars: Iterable[str], is_documents: bool = False) -> None:
+    def __init__(self, chars: Iterable[str], is_documents: bool = False, bos_is_newline: bool = True) -> None:
         """chars: the characters of the vocabulary, in any order and with repetitions, so a whole text will do."""
-        super().__init__(is_documents)
-        self.chars = "".join(sorted(set(chars) - ({"\n"} if is_documents else set())))
+        super().__init__(is_documents, bos_is_newline)
+        self.chars = "".join(sorted(set(chars) - ({"\n"} if self.bos_is_newline else set())))
         self.size = len(self.chars)
-        self.codes = code_points(self.chars + ("\n" if is_documents else ""))  # id → code point
+        self.codes = code_points(self.chars + ("\n" if self.bos_is_newline else ""))  # id → code point
         # Code point → id, or -1 for unknown ones. `take` clips code points that are too high to the last entry, a -1.
         self.ids = np.full(int(self.codes.max(initial=0)) + 2, -1)
         self.ids[self.codes] = np.arange(len(self.codes))
@@ -114,7 +136,7 @@ class CharTokenizer(Tokenizer):
         """Return the decoding function. Every id is a whole character, so it keeps nothing between calls."""
 
         def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
-            return self.codes[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
+            return self.codes[self.without_bos(ids)].tobytes().decode("utf-32-le", "surrogatepass")
 
         return decode
 
@@ -135,44 +157,137 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` to its ids (T,), int64; T is the number of bytes."""
-        try:
-            ids = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-        except UnicodeEncodeError:  # half of a surrogate pair: UTF-8 can't express it, but a command line may hold one
-            raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
-        return np.where(ids == ord("\n"), self.size, ids) if self.is_documents else ids
+        ids = np.frombuffer(to_utf8(text), np.uint8).astype(np.int64)
+        return np.where(ids == ord("\n"), self.size, ids) if self.bos_is_newline else ids
 
     def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function, which keeps the bytes of an unfinished character between calls."""
         utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
         def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
-            ids = np.asarray(ids, dtype=np.int64)
+            ids = self.without_bos(ids)
             return utf8.decode(np.where(ids == self.bos, ord("\n"), ids).astype(np.uint8).tobytes(), final)
 
         return decode
 
 
-KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer)}
+class BPETokenizer(Tokenizer):
+    """A token is a sequence of bytes, found by byte-level BPE: see bpe.py.
+
+    A special token, such as <|endoftext|>, is an id that no text is encoded to. BOS is the first of them, or one more
+    id at the end if there is none.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, description: Any, is_documents: bool = False) -> None:
+        """description: the object of a tokenizer.json. Raise a UserError if it is not byte-level BPE."""
+        super().__init__(is_documents, bos_is_newline=False)
+        bpe.check_package()
+        self.description, self.vocabulary = description, bpe.read_description(description)
+        self.size = len(self.vocabulary.tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, with BOS."""
+        return self.size + (self.bos == self.size)
+
+    @property
+    def bos(self) -> int | None:
+        """The id that starts a document; None for a stream."""
+        return min(self.vocabulary.special, default=self.size) if self.is_documents else None
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The object of the package `tokenizers`, which is imported and made when a text is first encoded."""
+        from tokenizers import Tokenizer as Encoder
+
+        return bpe.call(Encoder.from_str, self.vocabulary.encoder)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encode `text` to its ids (T,), int64. Special tokens in it are ordinary text."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Encode each of `texts`, on all cores. → their ids, (T,) each"""
+        pieces, ends = [], []
+        for text in texts:
+            to_utf8(text)
+            pieces += bpe.cut_stream([text])
+            ends.append(len(pieces))
+        # Only a batch uses several threads, after which a process should not be forked. A prompt is one piece.
+        if len(pieces) == 1:
+            encodings = [bpe.call(self.encoder.encode, pieces[0], add_special_tokens=False)]
+        else:
+            encodings = bpe.call(self.encoder.encode_batch_fast, pieces, add_special_tokens=False)
+        ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        return [np.concatenate(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def encode_pieces(self, pieces: Iterable[str]) -> np.ndarray:
+        """Encode a text that `bpe.cut` has cut into `pieces` to its ids (T,), int64."""
+        return np.concatenate([np.empty(0, np.int64), *self.encode_all(pieces)])
+
+    def decoder(self, errors: str = "replace") -> Callable[..., str]:
+        """Return the decoding function, which keeps the bytes of an unfinished character between calls.
+
+        A special token gives its name, but BOS gives nothing.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors)
+
+        def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
+            return utf8.decode(b"".join(self.vocabulary.tokens[i] for i in self.without_bos(ids)), final)
+
+        return decode
+
+    def token_bytes(self) -> np.ndarray:
+        """Return how many bytes of a text each id stands for, (vocab_size,) int64. It is 0 for special tokens."""
+        special = self.vocabulary.special
+        lengths = [0 if i in special else len(token) for i, token in enumerate(self.vocabulary.tokens)]
+        return np.array(lengths + [0] * (self.vocab_size - self.size))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description, with the object of the tokenizer.json."""
+        return super().to_json() | {"tokenizer": self.description}
+
+
+KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 
 
 def from_json(values: Any) -> Tokenizer:
     """Make the tokenizer that `Tokenizer.to_json` described. Raise a UserError if `values` is not one."""
     values = values if isinstance(values, dict) else {}
-    kind, is_documents, chars = (values.get(key) for key in ("kind", "documents", "chars"))
+    kind, is_documents, bos_is_newline = values.get("kind"), values.get("documents"), values.get("bos_is_newline", True)
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"tokenizer kind {kind!r} is not known here; the kinds are {', '.join(KINDS)}")
-    if isinstance(is_documents, bool):
-        if kind == "byte":
-            return ByteTokenizer(is_documents)
+    has_data = kind != "char" or isinstance(values.get("chars"), str)
+    if isinstance(is_documents, bool) and isinstance(bos_is_newline, bool) and has_data:
+        tokenizer = make(values, is_documents, bos_is_newline)
         # Ids are ranks. Characters in another order would decode to another text, so they are refused and not sorted.
-        if isinstance(chars, str) and (tokenizer := CharTokenizer(chars, is_documents)).chars == chars:
+        if not isinstance(tokenizer, CharTokenizer) or tokenizer.chars == values["chars"]:
             return tokenizer
     raise UserError(f"the description of the {kind} tokenizer is damaged")
+
+
+def make(values: dict[str, Any], is_documents: bool, bos_is_newline: bool) -> Tokenizer:
+    """Make the tokenizer that `values` describe, but for documents as given."""
+    if values["kind"] == "bpe":
+        return BPETokenizer(values.get("tokenizer"), is_documents)
+    if values["kind"] == "byte":
+        return ByteTokenizer(is_documents, bos_is_newline)
+    return CharTokenizer(values["chars"], is_documents, bos_is_newline)
 
 
 def code_points(text: str) -> np.ndarray:
     """Return the code points of `text`, (T,) uint32. Half of a surrogate pair is a code point too."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def to_utf8(text: str) -> bytes:
+    """Encode `text`. Raise a UserError for half of a surrogate pair, which a command line may hold, but UTF-8 can't."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise unknown(sorted({char for char in text if "\ud800" <= char <= "\udfff"})) from None
 
 
 def unknown(chars: Iterable[str]) -> UserError:

@@ -51,7 +51,7 @@ class Workplace:
             source = self.folder / "data" / f"{name}.txt"
             source.parent.mkdir(parents=True, exist_ok=True)
             source.write_text(separator.join(words), encoding="utf-8")
-            token_files.prepare(source, source.with_suffix(""), "char", name == "words", name)
+            token_files.prepare(source, source.with_suffix(""), "char", "lines" if name == "words" else "none", name)
 
     def size(self, full: int, quick: int) -> int:
         """How many: `full`, or with --quick `quick`."""
