@@ -24,6 +24,7 @@ LAYERS = [
         "quill/data/bpe.py": "(tokenizers)",
         "quill/data/corpora.py": "numpy tqdm",
         "quill/data/tokenizers.py": "numpy tqdm (tokenizers)",
+        "quill/data/encoding.py": "numpy tqdm",
         "quill/data/texts.py": "tqdm",
         "quill/data/token_files.py": "numpy tqdm",
         "quill/data/batches.py": "numpy tqdm torch",

@@ -70,7 +70,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["shakespeare_char", "--input=TEXT"], "is not shakespeare_char: its SHA-256"),
         (
             ["--input=TEXT", "--dataset=mine", "--tokenizer=bep"],
-            "tokenizer=bep: there is no such file.*did you mean bpe",
+            "tokenizer=bep: is none of char, byte, bpe.*did you mean bpe",
         ),
         (["--input=TEXT", "--dataset=mine", "--splits=3"], "no option splits"),
         *(

@@ -1,4 +1,4 @@
-"""Text files, found and read in pieces: a stream as text, documents as lists. Tokens are left to token_files.py.
+"""Text files, found and read in pieces: streams and documents. Tokens are left to token_files.py.
 
 A text may be larger than memory. A byte-order mark at the start of a file is dropped, and every kind of line end is
 read as a newline.
@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -31,21 +32,16 @@ class Digest(Protocol):
 
 
 def find_texts(names: str | Path) -> list[Path]:
-    """Return the files that `names` stands for: a file, or files and patterns such as texts/*.txt, with commas between.
-
-    Raise a UserError if one of them does not exist, or is not a regular file.
-    """
-    # os.path, unlike Path, answers without the permission to look.
-    parts, paths = [str(names)] if os.path.exists(names) else str(names).split(","), []
-    for name in parts:
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if not found:
-            raise UserError(f"{name or names}: no such file; --input=FILE names a text")
-        paths += map(Path, found)
+    """Return the files that --input names: a file, or files and patterns such as texts/*.txt, with commas between."""
+    if os.path.exists(names):  # unlike Path.exists, it answers without the permission to look
+        paths = [str(names)]
+    else:
+        paths = [path for part in str(names).split(",") for path in sorted(glob.glob(part, recursive=True)) or [part]]
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"{path}: not a regular file; --input=FILE names a text")
-    return paths
+            reason = "not a regular file" if os.path.exists(path) else "no such file"
+            raise UserError(f"{path or names}: {reason}; --input=FILE names a text")
+    return [*map(Path, paths)]
 
 
 class Texts:
@@ -56,15 +52,16 @@ class Texts:
         self.paths, self.documents, self.bar = paths, documents, bar
         self.is_documents = documents != "none"
         self.name = ", ".join(map(str, paths))  # for messages
+        self.size = sum(path.stat().st_size for path in paths)  # in bytes
 
-    def pieces(self, digest: Digest) -> Iterator[str | list[str]]:
-        """Read the files and yield their pieces, none of them empty: of a stream text, else lists of documents.
+    def pieces(self, digest: Digest) -> Iterator[list[str]]:
+        """Read the files and yield lists of documents, or of a stream [some text]. None of these strings is empty.
 
         The bytes of the files are added to `digest`.
         """
         for path in self.paths:
             if not self.is_documents:
-                yield from self.decoded(path, digest)
+                yield from ([text] for text in self.decoded(path, digest))
                 continue
             documents = self.lines(path, digest)
             if self.documents == "blank_lines":
@@ -129,34 +126,31 @@ def check_length(characters: int, path: Path) -> None:
 
 def paragraphs(lines: Iterable[list[str]], path: Path) -> Iterator[list[str]]:
     """Join the lines between blank lines to documents, and yield these, a list at a time."""
-    document, length = [], 0
-    for some in lines:
+    document = []
+    for some in chain(lines, [[""]]):
         done = []
         for line in some:
             if line.strip():
                 document.append(line)
-                length += len(line) + 1
             elif document:
                 done.append("\n".join(document))
-                document, length = [], 0
-        check_length(length, path)
+                document = []
+        check_length(sum(map(len, document)), path)
         yield done
-    yield ["\n".join(document)]
 
 
 def json_fields(lines: Iterable[list[str]], path: Path, field: str) -> Iterator[list[str]]:
     """Yield the text in `field` of the JSON object on each line, a list at a time. Blank lines are left out."""
-    number = 0
+    count = 0
     for some in lines:
         documents = []
-        for line in some:
-            number += 1
-            if not line.strip():
-                continue
+        for number, line in enumerate(some, count + 1):
             try:
-                documents.append(json.loads(line)[field])
-                documents[-1].encode()
+                if line.strip():
+                    documents.append(json.loads(line)[field])
+                    documents[-1].encode()
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
                 problem = f"not a JSON object with a text in {field!r}; see --documents"
                 raise UserError(f"{path}, line {number}: {problem}") from None
+        count += len(some)
         yield documents

@@ -3,11 +3,7 @@
 The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothing else, so other tools can read them.
 meta.json describes them and holds their SHA-256. The same text always gives the same bytes.
 
-A stream is split once: its first nine tenths are for training, in characters (bytes with the byte tokenizer). A word
-at the border is encoded as two. Of documents, about a tenth are for validation. The checksum of its text decides in
-which split a document is, so equal documents are in the same split. Blank documents are left out.
-
-How a text is tokenized is left to tokenizers.py, how it is read to texts.py, and where the known corpora are found to
+How a text is read is left to texts.py, how it is split and encoded to encoding.py, where the known corpora are found to
 corpora.py.
 """
 
@@ -18,12 +14,9 @@ import json
 import operator
 import os
 import sys
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,17 +26,9 @@ from tqdm import tqdm
 from quill.cli import did_you_mean
 from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
+from quill.data.encoding import encode_splits, scan_text
 from quill.data.texts import CHUNK, Digest, Texts, find_texts
-from quill.data.tokenizers import (
-    KINDS,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    code_points,
-    from_json,
-    make,
-)
+from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
 from quill.errors import UserError
 from quill.files import folder_lock, replacing
 
@@ -114,14 +99,13 @@ def prepare(
     Raises:
         UserError: `source` can't be read, is not UTF-8, is too short, or changes while it is read.
     """
-    paths = find_texts(source)
     known = None if tokenizer in KINDS else make(read_tokenizer(tokenizer), documents != "none", documents == "lines")
-    size = sum(path.stat().st_size for path in paths)
-    with tqdm(total=2 * size, unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
-        text, digest = Texts(paths, documents, bar), hashlib.sha256()
-        scan = scan_text(text, known or tokenizer, digest, vocab_size)
-        names = ", ".join(path.name for path in paths)
-        return write_dataset(Path(out), scan.tokenizer, encode_splits(text, scan, digest), name or names, digest)
+    with tqdm(unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
+        text = Texts(find_texts(source), documents, bar)
+        bar.reset(2 * text.size)
+        scan = scan_text(text, known or tokenizer, vocab_size)
+        name = name or ", ".join(path.name for path in text.paths)
+        return write_dataset(Path(out), scan.tokenizer, encode_splits(text, scan), name, lambda: scan.sha256)
 
 
 def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, Any]:
@@ -138,7 +122,7 @@ def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, An
     with tqdm(total=size, unit="B", unit_scale=True, desc="copying", disable=None) as bar:
         train, val = (read_ids(path, known, digest, bar) for path in paths)
         splits = chain(((ids, ids[:0]) for ids in train), ((ids[:0], ids) for ids in val))
-        return write_dataset(Path(out), known, splits, str(bins), digest)
+        return write_dataset(Path(out), known, splits, str(bins), digest.hexdigest)
 
 
 def read_ids(path: Path, tokenizer: Tokenizer, digest: Digest, bar: tqdm) -> Iterator[np.ndarray]:
@@ -157,12 +141,16 @@ def read_ids(path: Path, tokenizer: Tokenizer, digest: Digest, bar: tqdm) -> Ite
 
 
 def write_dataset(
-    out: Path, tokenizer: Tokenizer, split_ids: Iterable[tuple[np.ndarray, np.ndarray]], name: str, digest: Digest
+    out: Path,
+    tokenizer: Tokenizer,
+    split_ids: Iterable[tuple[np.ndarray, np.ndarray]],
+    name: str,
+    sha256: Callable[[], str],
 ) -> dict[str, Any]:
     """Write a dataset's three files, whole or not at all. Returns the values of meta.json.
 
     split_ids: pieces of the splits, (ids for training, ids for validation).
-    name, digest: the source in meta.json. The digest is read when all ids are written.
+    name, sha256: the source in meta.json. sha256() is called when all ids are written.
     """
     dtype = dtype_of(tokenizer)
     files = replacing(out / "train.bin", out / "val.bin", out / "meta.json")
@@ -177,7 +165,7 @@ def write_dataset(
             "dtype": dtype.name,
             "documents": tokenizer.is_documents,
             "splits": {split: writer.describe() for split, writer in splits.items()},
-            "source": {"name": name, "sha256": digest.hexdigest()},
+            "source": {"name": name, "sha256": sha256()},
         }
         meta.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
     return values
@@ -186,120 +174,6 @@ def write_dataset(
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """Return the type of a tokenizer's ids in a .bin file."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What `scan_text` finds out about a text."""
-
-    tokenizer: Tokenizer
-    length: int  # in bytes for the tokenizer "byte", else in characters
-    moved: str | None  # the document that is moved to the other split, because that split would be empty
-
-
-def scan_text(text: Texts, tokenizer: Tokenizer | str, digest: Digest, vocab_size: int) -> Scan:
-    """Read a text for the first time, for its length and, if `tokenizer` is only the name of a kind, its vocabulary.
-
-    Raises:
-        UserError: there is too little text for two splits.
-    """
-    kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
-    known, length = np.zeros(sys.maxunicode + 1, bool), 0
-    sides: set[bool] = set()  # the splits that get a document
-    ends: list[str] = []  # the first and the last document in sorted order
-
-    def scanned() -> Iterator[str | list[str]]:
-        nonlocal length, ends
-        for piece in text.pieces(digest):
-            yield piece
-            if isinstance(piece, list):
-                if len(sides) < 2:
-                    sides.update(in_val(piece).tolist())
-                    ends = [min(piece + ends), max(piece + ends)]
-                piece = "".join(piece)
-            if tokenizer == "char":
-                codes = code_points(piece)
-                if not known.take(codes).all():  # reading `known` is faster than writing to it
-                    known[codes] = True
-            length += len(piece.encode()) if kind == "byte" else len(piece)
-
-    pieces = scanned()
-    if tokenizer == "bpe":
-        documents = (bpe.cut_stream([document]) for some in pieces for document in some)
-        words = chain.from_iterable(documents) if text.is_documents else bpe.cut_stream(pieces)
-        tokenizer = BPETokenizer(bpe.train(words, vocab_size), text.is_documents)
-    for _ in pieces:  # all, or what is left after a sample for BPE
-        pass
-    if length == 0:
-        raise UserError(f"{text.name}: there is no text in it")
-    if text.is_documents and len(set(ends)) == 1:
-        raise UserError(f"{text.name}: has one distinct document, but train and val need two that differ")
-    if length == 1:
-        raise UserError(f"{text.name}: has one token, but train and val need at least one each")
-    if tokenizer == "char":
-        tokenizer = CharTokenizer(map(chr, np.flatnonzero(known)), text.is_documents, text.documents == "lines")
-    elif tokenizer == "byte":
-        tokenizer = ByteTokenizer(text.is_documents, text.documents == "lines")
-    return Scan(tokenizer, length, ends[1] if len(sides) == 1 else None)
-
-
-def encode_splits(text: Texts, scan: Scan, digest: Digest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read a text for the second time and yield its ids in pieces, (those for training, those for validation).
-
-    digest: that of the first time. Raise a UserError if the text has changed.
-    """
-    again = hashlib.sha256()
-    pieces, train_left = text.pieces(again), scan.length * 9 // 10  # of a stream
-    if text.is_documents:
-        yield from in_background(scan.tokenizer.encode_documents, split_documents(pieces, scan.moved))
-    elif isinstance(scan.tokenizer, BPETokenizer):
-        yield from in_background(scan.tokenizer.encode_pieces, split_stream(pieces, train_left))
-    else:
-        for piece in pieces:
-            ids = scan.tokenizer.encode(piece)
-            yield ids[:train_left], ids[train_left:]
-            train_left = max(0, train_left - len(ids))
-    if again.digest() != digest.digest():
-        raise UserError(f"{text.name}: changed while it was read; run the command again")
-
-
-def in_background(
-    encode: Callable[[list[str]], np.ndarray], splits: Iterable[tuple[list[str], list[str]]]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (encode(train), encode(val)) for each of `splits`, in order. A thread encodes while the next are read."""
-    with ThreadPoolExecutor(1, "encode") as pool:
-        waiting: deque[list[Future[np.ndarray]]] = deque()
-        for pair in splits:
-            waiting.append([pool.submit(encode, texts) for texts in pair])
-            if len(waiting) == 3:  # so that memory is bounded
-                train, val = waiting.popleft()
-                yield train.result(), val.result()
-        for train, val in waiting:
-            yield train.result(), val.result()
-
-
-def split_documents(pieces: Iterable[list[str]], moved: str | None) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the documents in `pieces` as (those for training, those for validation)."""
-    for documents in pieces:
-        side = in_val(documents, moved)
-        yield [*compress(documents, ~side)], [*compress(documents, side)]
-
-
-def split_stream(texts: Iterable[str], train_left: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the pieces of a stream, its first `train_left` characters for training, the others for validation."""
-    train_rest = val_rest = ""
-    for text in texts:
-        train, train_rest = bpe.cut(train_rest + text[:train_left])
-        val, val_rest = bpe.cut(val_rest + text[train_left:])
-        train_left = max(0, train_left - len(text))
-        yield train, val
-    yield [train_rest], [val_rest]
-
-
-def in_val(documents: list[str], moved: str | None = None) -> np.ndarray:
-    """Return which of `documents` are for validation, (len(documents),) bool. `moved`, if any, changes its split."""
-    sums = np.fromiter(map(zlib.crc32, map(str.encode, documents)), np.uint32, len(documents))
-    return (sums % 10 == 0) != [document == moved for document in documents] if moved else sums % 10 == 0
 
 
 class TokenFileWriter:
@@ -365,33 +239,25 @@ def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
 def read_tokenizer(name: str) -> dict[str, Any]:
     """Read the tokenizer that --tokenizer names by a path. → its description, as from `Tokenizer.to_json`
 
-    It is the one of a prepared dataset, a tokenizer.json or its folder, or a folder with vocab.json and merges.txt.
-
-    Raises:
-        UserError: there is none, or it is not one that quill reads.
+    It is that of a dataset's folder, a tokenizer.json or its folder, or a folder with vocab.json and merges.txt. Raise
+    a UserError if it is none of these.
     """
-    path = Path(name)
-    if os.path.isdir(path):
-        found = [path / file for file in ("meta.json", "tokenizer.json", "vocab.json") if os.path.isfile(path / file)]
-        if not found:
-            raise UserError(f"--tokenizer={name}: has no meta.json, tokenizer.json, or vocab.json and merges.txt")
-        path = found[0]
-    elif not os.path.isfile(path):
-        kinds = f"{', '.join(KINDS)}, a tokenizer.json, or a folder{did_you_mean(name, KINDS)}"
-        raise UserError(f"--tokenizer={name}: there is no such file; it is one of {kinds}")
+    files = [Path(name), *(Path(name) / file for file in ("meta.json", "tokenizer.json", "vocab.json"))]
+    path = next((path for path in files if os.path.isfile(path)), None)
+    if path is None:
+        problem = f"is none of {', '.join(KINDS)}, a tokenizer.json, and a folder with one or a dataset"
+        raise UserError(f"--tokenizer={name}: {problem}{did_you_mean(name, KINDS)}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if path.name == "vocab.json":
-            values = bpe.describe(values, path.with_name("merges.txt").read_text(encoding="utf-8"))
+            values = bpe.read_gpt2_files(values, path.with_name("merges.txt").read_text(encoding="utf-8"))
         values = values["tokenizer"] if path.name == "meta.json" else {"kind": "bpe", "tokenizer": values}
         from_json({"documents": False} | values)
         return values
-    except OSError as error:
-        raise UserError(f"{error.filename}: can't be read: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {error})") from None
+    except Exception as error:  # a foreign file can be wrong in any way
+        raise UserError(f"{path}: not a tokenizer ({type(error).__name__}: {str(error)[:200]})") from None
 
 
 def open_split(path: Path, dtype: np.dtype, tokens: int, sha256: str, vocab_size: int) -> np.memmap:

@@ -12,6 +12,7 @@ Shapes: T tokens in a text.
 import codecs
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,10 @@ class Tokenizer:
         they are decoded too. errors: what happens to bytes that are not UTF-8, as in `bytes.decode`.
         """
         raise NotImplementedError
+
+    def encode_joined(self, texts: Iterable[str]) -> np.ndarray:
+        """Encode each of `texts` to the ids of all (T,), int64."""
+        return np.concatenate([np.empty(0, np.int64), *self.encode_all(texts)])
 
     def without_bos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return `ids` as int64, without a BOS that stands for no text."""
@@ -184,8 +189,9 @@ class BPETokenizer(Tokenizer):
         """description: the object of a tokenizer.json. Raise a UserError if it is not byte-level BPE."""
         super().__init__(is_documents, bos_is_newline=False)
         bpe.check_package()
-        self.description, self.vocabulary = description, bpe.read_description(description)
-        self.size = len(self.vocabulary.tokens)
+        self.description = description
+        self.tokens, self.special, self.encoder_json = bpe.read_description(description)
+        self.size = len(self.tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -195,14 +201,14 @@ class BPETokenizer(Tokenizer):
     @property
     def bos(self) -> int | None:
         """The id that starts a document; None for a stream."""
-        return min(self.vocabulary.special, default=self.size) if self.is_documents else None
+        return min(self.special, default=self.size) if self.is_documents else None
 
     @cached_property
     def encoder(self) -> Any:
-        """The object of the package `tokenizers`, which is imported and made when a text is first encoded."""
+        """The object of the package `tokenizers`, which is imported when a text is first encoded."""
         from tokenizers import Tokenizer as Encoder
 
-        return bpe.call(Encoder.from_str, self.vocabulary.encoder)
+        return Encoder.from_str(self.encoder_json)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` to its ids (T,), int64. Special tokens in it are ordinary text."""
@@ -210,22 +216,18 @@ class BPETokenizer(Tokenizer):
 
     def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Encode each of `texts`, on all cores. → their ids, (T,) each"""
-        pieces, ends = [], []
+        cuts = []
         for text in texts:
-            to_utf8(text)
-            pieces += bpe.cut_stream([text])
-            ends.append(len(pieces))
+            to_utf8(text)  # raises the error for half of a surrogate pair
+            cuts.append([*bpe.cut_stream([text])])
+        pieces = [piece for some in cuts for piece in some]
         # Only a batch uses several threads, after which a process should not be forked. A prompt is one piece.
         if len(pieces) == 1:
-            encodings = [bpe.call(self.encoder.encode, pieces[0], add_special_tokens=False)]
+            encodings = [self.encoder.encode(pieces[0], add_special_tokens=False)]
         else:
-            encodings = bpe.call(self.encoder.encode_batch_fast, pieces, add_special_tokens=False)
-        ids = [np.array(encoding.ids, np.int64) for encoding in encodings]
-        return [np.concatenate(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-
-    def encode_pieces(self, pieces: Iterable[str]) -> np.ndarray:
-        """Encode a text that `bpe.cut` has cut into `pieces` to its ids (T,), int64."""
-        return np.concatenate([np.empty(0, np.int64), *self.encode_all(pieces)])
+            encodings = self.encoder.encode_batch_fast(pieces, add_special_tokens=False)
+        ids = (np.array(encoding.ids, np.int64) for encoding in encodings)
+        return [np.concatenate([*islice(ids, len(some))]) for some in cuts]
 
     def decoder(self, errors: str = "replace") -> Callable[..., str]:
         """Return the decoding function, which keeps the bytes of an unfinished character between calls.
@@ -235,15 +237,15 @@ class BPETokenizer(Tokenizer):
         utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
         def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
-            return utf8.decode(b"".join(self.vocabulary.tokens[i] for i in self.without_bos(ids)), final)
+            return utf8.decode(b"".join(self.tokens[i] for i in self.without_bos(ids)), final)
 
         return decode
 
     def token_bytes(self) -> np.ndarray:
-        """Return how many bytes of a text each id stands for, (vocab_size,) int64. It is 0 for special tokens."""
-        special = self.vocabulary.special
-        lengths = [0 if i in special else len(token) for i, token in enumerate(self.vocabulary.tokens)]
-        return np.array(lengths + [0] * (self.vocab_size - self.size))
+        """Return how many bytes of a text each id stands for, (vocab_size,) int64; 0 for special tokens and BOS."""
+        lengths = np.array([*map(len, self.tokens), 0][: self.vocab_size])
+        lengths[[*self.special]] = 0
+        return lengths
 
     def to_json(self) -> dict[str, Any]:
         """Return the description, with the object of the tokenizer.json."""
