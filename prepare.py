@@ -44,6 +44,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
         "dataset": corpus.name,
         "tokenizer": corpus.tokenizer,
         "documents": "lines" if corpus.is_documents else "none",
+        "bins": "",
     }
     for key, value in fixed.items():
         if flags.get(key, value) != value:

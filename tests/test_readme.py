@@ -1,6 +1,7 @@
 """The commands and names of README, the tour and CONTRIBUTING are right, and every config trains two steps."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -96,7 +97,7 @@ def run_command(command, monkeypatch):
     [
         ("README.md", 20, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
         ("docs/tour.md", 15, {"ladder", "shakespeare_char_cpu"}),
-        ("docs/interop.md", 6, {"names", "names_last", "names_again", "names_tuned"}),
+        ("docs/interop.md", 13, {"mine", "articles", "names", "names_last", "names_again", "names_tuned"}),
         ("CONTRIBUTING.md", 6, {"try", "bench"}),
     ],
 )
@@ -113,6 +114,10 @@ def test_commands_run(page, count, leaves, tmp_path, monkeypatch, capsys):
     for name in ("config", "docs", *SCRIPTS):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my.txt").write_text("To be, or not to be: that is the question.\n" * 100, encoding="utf-8")
+    (tmp_path / "more.txt").write_text("That is another question.\n" * 200, encoding="utf-8")
+    (tmp_path / "texts").mkdir()
+    articles = [json.dumps({"text": f"To be.\nOr not to be {n}."}) for n in range(100)]
+    (tmp_path / "texts" / "a.jsonl").write_text("\n".join(articles), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     commands = commands_of(page)
     assert len(commands) == count, "commands were added or removed: count them here too"

@@ -59,6 +59,8 @@ CASES = [
     (STREAM, "abcdefghij" * 2, [[0, *range(1, 9)], [8, 9, 10, *range(1, 7)], [6, 7, 8, 9, 10]]),
     (ByteTokenizer(), "é\n", [[10, 0xC3, 0xA9, 10]]),
     (ByteTokenizer(is_documents=True), "é\nz", [[256, 0xC3, 0xA9, 256], [256, 122, 256]]),
+    (ByteTokenizer(True, bos_is_newline=False), "é\nz", [[256, 0xC3, 0xA9, 10, 122, 256]]),  # one document
+    (CharTokenizer("abcdefghij\n", True, bos_is_newline=False), "cab\nj\n", [[11, 3, 1, 2, 0, 10, 0, 11]]),
 ]
 
 

@@ -182,6 +182,82 @@ def test_a_line_that_is_too_long_is_refused(write, tmp_path, monkeypatch):
         prepare(write("short\n" + "long" * 50), tmp_path / "mine", "char", "lines")
 
 
+BLANK_LINES = "\n \n\none\n two\n\n\t\nthree\r\n\r\nfour\n\nfive\nsix  \n\n"
+JSON_LINES = "\n".join(json.dumps({"id": i, "text": f"line {i}\n\nand ß{i % 40}\n"}) for i in range(50)) + "\n\n"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize(
+    "content, how, expected",
+    [
+        (BLANK_LINES, "blank_lines", ["one\n two", "three", "four", "five\nsix  "]),
+        (JSON_LINES, "jsonl:text", [f"line {i}\n\nand ß{i % 40}\n" for i in range(50)]),
+    ],
+)
+def test_documents_that_hold_newlines(write, tmp_path, kind, content, how, expected):
+    dataset = prepared(write(content), tmp_path, kind, how)
+    tokenizer, documents = dataset.tokenizer, []
+    assert dataset.meta["format"] == 2 and dataset.meta["tokenizer"]["bos_is_newline"] is False
+    for split in (dataset.train, dataset.val):
+        assert split[0] == tokenizer.bos
+        starts = [*np.flatnonzero(split == tokenizer.bos), None]
+        documents += [tokenizer.decode(split[start:end]) for start, end in itertools.pairwise(starts)]
+    assert sorted(documents) == sorted(expected)
+    text_bytes = sum(len(document.encode()) for document in expected)
+    assert len(dataset.train) + len(dataset.val) == text_bytes + len(expected) or kind != "byte"
+
+
+@pytest.mark.parametrize(
+    "content, how, reason",
+    [
+        ('{"text": "a"}\n{"text": 1}', "jsonl:text", "text.txt, line 2: not a JSON object with a text in 'text'"),
+        ('{"text": "a"}\n\n{"tekst": "b"}', "jsonl:text", "line 3: not a JSON object with a text in 'text'"),
+        ('{"text": "a"}\n[1]', "jsonl:text", "line 2"),
+        ('{"text": "a"}\nb', "jsonl:text", "line 2"),
+        ('{"text": "\\ud800"}', "jsonl:text", "line 1"),
+        ("[" * 100_000, "jsonl:text", "line 1"),
+        ('{"text": " "}', "jsonl:text", "there is no text"),
+        ("a\n\n \na", "blank_lines", "one distinct document"),
+    ],
+)
+def test_documents_that_are_refused(write, tmp_path, content, how, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        prepare(write(content), tmp_path / "mine", "char", how)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_paragraph_that_is_too_long_is_refused(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(texts, "CHUNK", 64)
+    with pytest.raises(UserError, match="longer than 100 characters"):
+        prepare(write("short\n\n" + "long\n" * 50), tmp_path / "mine", "char", "blank_lines")
+
+
+def test_several_files(write, tmp_path):
+    parts = {"b.txt": "two\n", "a.txt": "\ufeffone", "c,d.txt": "three"}
+    for name, text in parts.items():
+        write(text, name)
+    both = f"{tmp_path / 'b.txt'},{tmp_path / 'a.txt'}"
+    for source, text, name in (
+        (both, "two\none", "b.txt, a.txt"),
+        (tmp_path / "[ab].txt", "onetwo\n", "a.txt, b.txt"),
+        (tmp_path / "c,d.txt", "three", "c,d.txt"),
+    ):
+        dataset = prepared(source, tmp_path)
+        assert dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val])) == text
+        assert dataset.meta["source"]["name"] == name
+    dataset = prepared(tmp_path / "*.txt", tmp_path, "char", "lines")  # a file's last line ends there
+    assert sorted(documents_of(dataset.train, dataset.tokenizer) + documents_of(dataset.val, dataset.tokenizer)) == [
+        "one",
+        "three",
+        "two",
+    ]
+    for source, reason in ((f"{both},x.txt", "^x.txt: no such file"), (tmp_path / "*.md", r"\*.md: no such file")):
+        with pytest.raises(UserError, match=reason):
+            prepare(source, tmp_path / "mine")
+
+
 # ---------------------------------------------------------------- what bad input gets
 
 
