@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -205,6 +206,21 @@ def test_a_sample_comes_from_the_whole_text(monkeypatch):
     monkeypatch.setattr(bpe, "SAMPLE", size // 10)
     vocab = bpe.train(pieces, size, 300)["model"]["vocab"]
     assert {"start", "middle", "finish"} <= vocab.keys()
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer():
+    given = []
+
+    def pieces():
+        for number in range(10**6):
+            if number == 1000:
+                os.kill(os.getpid(), signal.SIGINT)
+            given.append(number)
+            yield "some text " * 10
+
+    with pytest.raises(KeyboardInterrupt):
+        bpe.train(pieces(), 10**8, 300)
+    assert 1000 < len(given) < 10**6
 
 
 # ---------------------------------------------------------------- where a tokenizer comes from

@@ -8,6 +8,7 @@ import os
 import random
 import time
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from quill.data import corpora, texts, token_files
 from quill.data.token_files import open_dataset, prepare, prepare_if_missing
 from quill.errors import UserError
 
+BPE = pytest.param("bpe", marks=pytest.mark.skipif(find_spec("tokenizers") is None, reason="needs tokenizers"))
 FILES = ["meta.json", "train.bin", "val.bin"]
 NAMES = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 
@@ -186,7 +188,7 @@ BLANK_LINES = "\n \n\none\n two\n\n\t\nthree\r\n\r\nfour\n\nfive\nsix  \n\n"
 JSON_LINES = "\n".join(json.dumps({"id": i, "text": f"line {i}\n\nand ß{i % 40}\n"}) for i in range(50)) + "\n\n"
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("kind", ["char", "byte", BPE])
 @pytest.mark.parametrize(
     "content, how, expected",
     [
@@ -274,7 +276,7 @@ def test_several_files(write, tmp_path):
         ("text".encode("utf-16"), True, r"not UTF-8 at byte 0 \(line 1\)"),
     ],
 )
-@pytest.mark.parametrize("kind", ["char", "byte"])
+@pytest.mark.parametrize("kind", ["char", "byte", BPE])
 @pytest.mark.parametrize("chunk", [4, 2**20])
 def test_texts_that_are_refused(write, tmp_path, monkeypatch, content, is_documents, reason, kind, chunk):
     monkeypatch.setattr(texts, "CHUNK", chunk)

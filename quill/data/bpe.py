@@ -7,7 +7,9 @@ and encodes every text so that decoding gives exactly that text back.
 import json
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from importlib.util import find_spec
+from threading import Event, Thread
 from typing import Any
 
 from quill.errors import UserError
@@ -57,9 +59,13 @@ def train(pieces: Iterable[str], size: int, vocab_size: int) -> dict[str, Any]:
     check_package()
     from tokenizers import pre_tokenizers, trainers
 
+    stop, done = Event(), Future[None]()
+
     def sample() -> Iterator[str]:
         read = taken = 0
         for piece in pieces:
+            if stop.is_set():
+                raise KeyboardInterrupt
             length = len(piece.encode())
             read += length
             if taken * size <= read * SAMPLE:
@@ -70,7 +76,22 @@ def train(pieces: Iterable[str], size: int, vocab_size: int) -> dict[str, Any]:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(sample(), trainer)
+
+    def work() -> None:
+        try:
+            done.set_result(tokenizer.train_from_iterator(sample(), trainer))
+        except BaseException as error:
+            done.set_exception(error)
+
+    # In the main thread, the package would delay Ctrl-C until the end.
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        done.result()
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join(1)
+        raise
     return describe(tokenizer, ["<|endoftext|>"])
 
 
