@@ -100,8 +100,8 @@ def main(argv: list[str]) -> None:
     elif config.bins:
         meta = token_files.take_over(config.bins, folder, config.tokenizer)
     else:
-        vocab_size = config.vocab_size or 4096
-        meta = token_files.prepare(config.input, folder, config.tokenizer, config.documents, vocab_size=vocab_size)
+        settings = {"documents": config.documents, "vocab_size": config.vocab_size}
+        meta = token_files.prepare(config.input, folder, config.tokenizer, **settings)
     report(folder, meta, config)
 
 

@@ -280,17 +280,18 @@ class PrepareConfig(Checked):
         "none", "none | lines | blank_lines between documents | jsonl:FIELD, an object on each line"
     )
     tokenizer: str = option("char", "char | byte | bpe, trained on the text | a tokenizer.json, or a folder with one")
-    vocab_size: int | None = option(
-        None, "with --tokenizer=bpe: number of ids, with <|endoftext|>; empty means 4096", at_least=257, below=2**20
+    vocab_size: int = option(
+        4096, "with --tokenizer=bpe: number of ids, with <|endoftext|>, if the text is long", at_least=257, below=2**20
     )
     bins: str = option("", "instead of --input: a folder with nanoGPT's train.bin and val.bin, for --tokenizer=PATH")
 
     def _check_group(self) -> None:
-        if self.documents not in ("none", "lines", "blank_lines") and not self.documents.partition("jsonl:")[2]:
+        kind, _, field_name = self.documents.partition(":")
+        if self.documents not in ("none", "lines", "blank_lines") and (kind != "jsonl" or not field_name):
             raise UserError(
                 f"--documents={self.documents}: is one of none, lines, blank_lines, or jsonl:FIELD, as in jsonl:text"
             )
-        if self.vocab_size is not None and self.tokenizer != "bpe":
+        if self.vocab_size != PrepareConfig.vocab_size and self.tokenizer != "bpe":
             raise UserError(f"--vocab_size={self.vocab_size}: is for --tokenizer=bpe; others have a vocabulary already")
 
 

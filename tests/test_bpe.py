@@ -326,6 +326,7 @@ HOSTILE = [
     (lambda d: changed(d, model=d["model"] | {"merges": [["q", "zzz"]]}), "a merge has a token"),
     (lambda d: changed(d, model=d["model"] | {"merges": [[1, 2]]}), "a merge has a token"),
     (lambda d: changed(d, model=d["model"] | {"merges": [["a"]]}), "not the tokenizer.json"),
+    (lambda d: changed(d, model=d["model"] | {"merges": [{"q": 1, "z": 2}]}), "a merge has a token"),
     (lambda d: changed(d, model=d["model"] | {"merges": {"a": 1}}), "not the tokenizer.json"),
     (lambda d: changed(d, normalizer={"type": "NFC"}), "its normalizer changes the text"),
     (lambda d: changed(d, pre_tokenizer=None), "not the tokenizer.json"),

@@ -80,6 +80,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["names", "--vocab_size=512"], "--vocab_size=512: is for --tokenizer=bpe"),
         (["names", "--tokenizer=bpe"], "--tokenizer=bpe: names has tokenizer=char"),
         (["--input=TEXT", "--dataset=mine", "--documents=line"], "--documents=line: is one of none, lines, blank_"),
+        (["--input=TEXT", "--dataset=mine", "--documents=xjsonl:text"], "--documents=xjsonl:text: is one of"),
         (["--input=TEXT", "--dataset=mine", "--documents=jsonl:"], "or jsonl:FIELD, as in jsonl:text"),
         (["--input=TEXT,", "--dataset=mine"], "no such file"),
         (["--bins=x"], "--bins=x: give the ids' --tokenizer=PATH with it"),

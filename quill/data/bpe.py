@@ -103,7 +103,8 @@ def read_gpt2_files(vocab: dict[str, int], merges: str) -> dict[str, Any]:
     check_package()
     from tokenizers import models
 
-    pairs = [(a, b) for a, b in (line.split(" ") for line in merges.splitlines()[1:] if line)]
+    lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
+    pairs = [(a, b) for a, b in (line.split(" ") for line in lines)]
     special = vocab.keys() - byte_of_character().keys() - {a + b for a, b in pairs}
     return describe(gpt2_like(models.BPE(vocab, pairs)), sorted(special, key=vocab.__getitem__))
 
@@ -165,10 +166,11 @@ def _read_description(values):
     ids = [*vocab.values(), *special]
     check(all(type(i) is int for i in ids) and sorted(ids) == [*range(len(ids))], "its ids are not 0, 1, 2, and so on")
     check(set("".join(vocab)) <= byte_of.keys() <= vocab.keys(), "its tokens are not made of GPT-2's 256 bytes")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = [merge.split(" ") if isinstance(merge, str) else [*merge] for merge in model["merges"]]
     check(all({a, b, a + b} <= vocab.keys() for a, b in merges), "a merge has a token that is not in the vocabulary")
     names = special | {i: bytes(byte_of[char] for char in token) for token, i in vocab.items()}
     tokens = [name if isinstance(name := names[i], bytes) else name.encode() for i in range(len(ids))]
     model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": model.get("ignore_merges") is True}
-    encoder = {"version": "1.0", "added_tokens": [], "pre_tokenizer": words | {"use_regex": True}, "model": model}
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    encoder = {"version": "1.0", "added_tokens": [], "pre_tokenizer": words, "model": model}
     return tokens, set(special), json.dumps(encoder)

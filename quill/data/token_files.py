@@ -31,6 +31,7 @@ from quill.data.texts import CHUNK, Digest, Texts, find_texts
 from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
 from quill.errors import UserError
 from quill.files import folder_lock, replacing
+from quill.options import PrepareConfig
 
 FORMAT = 2  # 1 unless a document's BOS is a token of its own
 HASHED_BYTES = 2**28  # only the size of a larger .bin is checked: hashing it would delay every start
@@ -79,7 +80,7 @@ def prepare(
     tokenizer: str = "char",
     documents: str = "none",
     name: str = "",
-    vocab_size: int = 4096,
+    vocab_size: int = PrepareConfig.vocab_size,
 ) -> dict[str, Any]:
     """Write UTF-8 text files as token files in the folder `out`, replacing older ones.
 

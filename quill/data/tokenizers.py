@@ -54,6 +54,10 @@ class Tokenizer:
         """Encode each of `texts`. → their ids, (T,) each"""
         return [self.encode(text) for text in texts]
 
+    def encode_joined(self, texts: Iterable[str]) -> np.ndarray:
+        """Encode each of `texts` to the ids of all (T,), int64."""
+        return np.concatenate([np.empty(0, np.int64), *self.encode_all(texts)])
+
     def encode_documents(self, documents: Iterable[str]) -> np.ndarray:
         """Encode documents, each with BOS before it, to the ids of all (T,), int64."""
         if self.bos_is_newline:
@@ -72,10 +76,6 @@ class Tokenizer:
         they are decoded too. errors: what happens to bytes that are not UTF-8, as in `bytes.decode`.
         """
         raise NotImplementedError
-
-    def encode_joined(self, texts: Iterable[str]) -> np.ndarray:
-        """Encode each of `texts` to the ids of all (T,), int64."""
-        return np.concatenate([np.empty(0, np.int64), *self.encode_all(texts)])
 
     def without_bos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return `ids` as int64, without a BOS that stands for no text."""
