@@ -67,17 +67,15 @@ def known_corpus(name: str) -> Corpus:
 
 def check_own_text(config: PrepareConfig) -> None:
     """Raise a UserError unless --input and --dataset say how to prepare the user's own text."""
+    given = f"--bins={config.bins}" if config.bins else f"--input={config.input}"
     if config.bins and (config.input or config.documents != "none" or config.tokenizer in UNITS):
-        raise UserError(
-            f"--bins={config.bins}: give the ids' --tokenizer=PATH with it, and neither --input nor --documents"
-        )
-    if not config.input and not config.bins and not config.dataset:
+        raise UserError(f"{given}: give the ids' --tokenizer=PATH with it, and neither --input nor --documents")
+    if not (config.input or config.bins or config.dataset):
         raise UserError(f"no corpus and no --input given; use {USAGE}")
-    if not config.input and not config.bins:
+    if not (config.input or config.bins):
         fix = f"use `python prepare.py {config.dataset}`" if config.dataset in CORPORA else "add --input=FILE"
         raise UserError(f"--dataset={config.dataset}: no --input given; {fix}")
     if not config.dataset:
-        given = f"--bins={config.bins}" if config.bins else f"--input={config.input}"
         raise UserError(f"{given}: no name given for the dataset; add one, as in --dataset=mine")
     if config.dataset in CORPORA:
         raise UserError(

@@ -87,7 +87,7 @@ def test_a_known_corpus_in_one_command(tmp_path, capsys, name):
         (["--bins=x", "--tokenizer=y"], "--bins=x: no name given for the dataset"),
         (["--bins=x", "--tokenizer=bpe", "--dataset=mine"], "give the ids' --tokenizer=PATH with it"),
         (["--bins=x", "--tokenizer=y", "--dataset=mine", "--input=TEXT"], "and neither --input nor --documents"),
-        (["--bins=x", "--tokenizer=y", "--dataset=mine"], "x/train.bin: no such file"),
+        (["--bins=x", "--tokenizer=y", "--dataset=mine"], "--tokenizer=y: is none of"),
         (["names", "--bins=x"], "--bins=x: names has bins=; leave it out"),
         (["--input=TEXT", "--dataset=mine", "--splits=3"], "no option splits"),
         *(

@@ -6,10 +6,9 @@ and encodes every text so that decoding gives exactly that text back.
 
 import json
 import re
+import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from importlib.util import find_spec
-from threading import Event, Thread
 from typing import Any
 
 from quill.errors import UserError
@@ -20,15 +19,10 @@ LONGEST_PIECE = 10_000  # characters that are encoded at once
 BORDER = re.compile(r".*\S(?= )|.*\S(?=\n)", re.DOTALL)
 
 
-def check(is_right: bool, problem: str) -> None:
-    """Raise a UserError with `problem` unless `is_right`."""
-    if not is_right:
-        raise UserError(problem)
-
-
 def check_package() -> None:
     """Raise a UserError if the package `tokenizers` is missing."""
-    check(find_spec("tokenizers") is not None, "a BPE tokenizer needs a package: pip install tokenizers")
+    if find_spec("tokenizers") is None:
+        raise UserError("a BPE tokenizer needs a package: pip install tokenizers")
 
 
 def cut(text: str) -> tuple[list[str], str]:
@@ -57,42 +51,28 @@ def train(pieces: Iterable[str], size: int, vocab_size: int) -> dict[str, Any]:
     size: about the number of bytes in all `pieces`. If it exceeds SAMPLE, pieces from the whole text are left out.
     """
     check_package()
-    from tokenizers import pre_tokenizers, trainers
-
-    stop, done = Event(), Future[None]()
+    from tokenizers import models, pre_tokenizers, trainers
 
     def sample() -> Iterator[str]:
         read = taken = 0
         for piece in pieces:
-            if stop.is_set():
-                raise KeyboardInterrupt
             length = len(piece.encode())
             read += length
             if taken * size <= read * SAMPLE:
                 taken += length
                 yield piece
 
-    tokenizer, alphabet = gpt2_like(), pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
-
-    def work() -> None:
-        try:
-            done.set_result(tokenizer.train_from_iterator(sample(), trainer))
-        except BaseException as error:
-            done.set_exception(error)
-
-    # In the main thread, the package would delay Ctrl-C until the end.
-    thread = Thread(target=work, daemon=True)
-    thread.start()
+    settings = {"vocab_size": vocab_size - 1, "min_frequency": 2, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **settings)
+    tokenizer, handler = gpt2_like(models.BPE()), signal.getsignal(signal.SIGINT)
+    # The package would delay Python's Ctrl-C until it is done. Nothing is written yet, so the process may end at once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if handler is signal.SIG_IGN else signal.SIG_DFL)
     try:
-        done.result()
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join(1)
-        raise
-    return describe(tokenizer, ["<|endoftext|>"])
+        tokenizer.train_from_iterator(sample(), trainer)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return json.loads(tokenizer.to_str())
 
 
 def read_gpt2_files(vocab: dict[str, int], merges: str) -> dict[str, Any]:
@@ -106,25 +86,19 @@ def read_gpt2_files(vocab: dict[str, int], merges: str) -> dict[str, Any]:
     lines = [line for line in merges.splitlines() if line and not line.startswith("#version")]
     pairs = [(a, b) for a, b in (line.split(" ") for line in lines)]
     special = vocab.keys() - byte_of_character().keys() - {a + b for a, b in pairs}
-    return describe(gpt2_like(models.BPE(vocab, pairs)), sorted(special, key=vocab.__getitem__))
+    tokenizer = gpt2_like(models.BPE(vocab, pairs))
+    tokenizer.add_special_tokens(sorted(special, key=vocab.__getitem__))
+    return json.loads(tokenizer.to_str())
 
 
-def gpt2_like(model: Any = None) -> Any:
-    """Return a tokenizer of the package with GPT-2's split into words. model: its BPE; by default an untrained one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def gpt2_like(model: Any) -> Any:
+    """Return a tokenizer of the package with the BPE `model` and GPT-2's split into words."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-    tokenizer: Any = Tokenizer(model or models.BPE())
+    tokenizer: Any = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def describe(tokenizer: Any, special: list[str]) -> dict[str, Any]:
-    """Add `special` tokens to a tokenizer of the package, after its other ids. → the object of its tokenizer.json"""
-    from tokenizers import AddedToken
-
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return json.loads(tokenizer.to_str())
 
 
 def byte_of_character() -> dict[str, int]:
@@ -152,6 +126,10 @@ def read_description(values: Any) -> tuple[list[bytes], set[int], str]:
 
 
 def _read_description(values):
+    def check(is_right, problem):
+        if not is_right:
+            raise UserError(problem)
+
     model, added, byte_of = values["model"], values.get("added_tokens") or [], byte_of_character()
     check(model.get("type", "BPE") == "BPE", f"its model is {model.get('type')!r}, not BPE")
     check(not model.get("dropout"), "it leaves out merges at random (dropout)")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import codecs
 import glob
+import hashlib
 import io
 import json
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 from tqdm import tqdm
 
@@ -22,13 +22,6 @@ from quill.errors import UserError
 
 CHUNK = 2**20  # bytes of text in memory at a time
 LONGEST_DOCUMENT = 2**24  # characters; a document is in memory as a whole
-
-
-class Digest(Protocol):
-    """A hash object, as from hashlib.sha256()."""
-
-    def update(self, data: bytes, /) -> None:
-        """Add `data` to what is hashed."""
 
 
 def find_texts(names: str | Path) -> list[Path]:
@@ -54,7 +47,7 @@ class Texts:
         self.name = ", ".join(map(str, paths))  # for messages
         self.size = sum(path.stat().st_size for path in paths)  # in bytes
 
-    def pieces(self, digest: Digest) -> Iterator[list[str]]:
+    def pieces(self, digest: hashlib._Hash) -> Iterator[list[str]]:
         """Read the files and yield lists of documents, or of a stream [some text]. None of these strings is empty.
 
         The bytes of the files are added to `digest`.
@@ -72,7 +65,7 @@ class Texts:
                 if some := list(filter(str.strip, some)):
                     yield some
 
-    def lines(self, path: Path, digest: Digest) -> Iterator[list[str]]:
+    def lines(self, path: Path, digest: hashlib._Hash) -> Iterator[list[str]]:
         """Read a file and yield its lines, a list at a time."""
         rest = ""
         for text in self.decoded(path, digest):
@@ -81,7 +74,7 @@ class Texts:
             yield lines
         yield [rest]
 
-    def decoded(self, path: Path, digest: Digest) -> Iterator[str]:
+    def decoded(self, path: Path, digest: hashlib._Hash) -> Iterator[str]:
         """Read a file and yield its text in pieces, none of them empty; add its bytes to `digest`.
 
         Raises:

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,7 @@ from quill.cli import did_you_mean
 from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.data.encoding import encode_splits, scan_text
-from quill.data.texts import CHUNK, Digest, Texts, find_texts
+from quill.data.texts import CHUNK, Texts, find_texts
 from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
 from quill.errors import UserError
 from quill.files import folder_lock, replacing
@@ -87,12 +86,9 @@ def prepare(
     The text is read twice: first for its vocabulary and length, then to encode it.
 
     Args:
-        source: as in --input: a file, or several.
+        source, tokenizer, documents, vocab_size: as the options of PrepareConfig; source is its `input`.
         out: the dataset's folder.
-        tokenizer: as in --tokenizer: "char", "byte", "bpe", or what `read_tokenizer` takes.
-        documents: as in --documents: what ends a document, or "none" for a stream.
         name: the name of the source in meta.json; by default its file names.
-        vocab_size: the number of ids of a BPE tokenizer that is trained.
 
     Returns:
         The values of meta.json.
@@ -112,33 +108,26 @@ def prepare(
 def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, Any]:
     """Write nanoGPT's train.bin and val.bin in the folder `bins` as the dataset `out`. Returns the values of meta.json.
 
-    Raise a UserError if they have ids that `tokenizer` lacks, which is as in `read_tokenizer`.
+    tokenizer: as in `read_tokenizer`. Raise a UserError if it lacks an id of the files.
     """
-    paths = [Path(bins) / "train.bin", Path(bins) / "val.bin"]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: no such file; --bins=FOLDER names nanoGPT's folder of train.bin and val.bin")
-    known, digest = make(read_tokenizer(tokenizer), False, False), hashlib.sha256()
-    size = sum(path.stat().st_size for path in paths)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="copying", disable=None) as bar:
-        train, val = (read_ids(path, known, digest, bar) for path in paths)
-        splits = chain(((ids, ids[:0]) for ids in train), ((ids[:0], ids) for ids in val))
-        return write_dataset(Path(out), known, splits, str(bins), digest.hexdigest)
+    known, digest, files = make(read_tokenizer(tokenizer), False, False), hashlib.sha256(), {}
+    for path in (Path(bins) / "train.bin", Path(bins) / "val.bin"):
+        try:
+            files[path] = np.memmap(path, dtype_of(known), mode="r")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+            raise UserError(f"{path}: {reason}; --bins=FOLDER names nanoGPT's train.bin and val.bin") from None
 
+    def split_ids() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for path, ids in files.items():
+            for start in tqdm(range(0, len(ids), CHUNK), desc=path.name, disable=None):
+                some = ids[start : start + CHUNK]
+                if (largest := some.max()) >= known.vocab_size:
+                    raise UserError(f"{path}: has the id {largest}, but --tokenizer has {known.vocab_size} ids")
+                digest.update(some.data)
+                yield (some, some[:0]) if path.name == "train.bin" else (some[:0], some)
 
-def read_ids(path: Path, tokenizer: Tokenizer, digest: Digest, bar: tqdm) -> Iterator[np.ndarray]:
-    """Read a .bin file and yield its ids, (T,) each; add its bytes to `digest`. Raise a UserError if it is not one."""
-    dtype, size = dtype_of(tokenizer), path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise UserError(f"{path}: has {size:,} bytes, which are not ids of {dtype.itemsize} bytes")
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-            ids = np.frombuffer(chunk, dtype)
-            if (largest := ids.max()) >= tokenizer.vocab_size:
-                raise UserError(f"{path}: has the id {largest}, but --tokenizer has {tokenizer.vocab_size} ids")
-            yield ids
+    return write_dataset(Path(out), known, split_ids(), str(bins), digest.hexdigest)
 
 
 def write_dataset(
