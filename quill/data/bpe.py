@@ -140,7 +140,8 @@ def _read_description(values):
     check(is_gpt2s is True, "its pre_tokenizer is not GPT-2's, ByteLevel without add_prefix_space")
     check(all(token["special"] is True for token in added), "it has added tokens that are not special")
     special = {token["id"]: token["content"] for token in added}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special.values()}
+    reserved = set(special.values())
+    vocab = {token: i for token, i in model["vocab"].items() if token not in reserved}
     ids = [*vocab.values(), *special]
     check(all(type(i) is int for i in ids) and sorted(ids) == [*range(len(ids))], "its ids are not 0, 1, 2, and so on")
     check(set("".join(vocab)) <= byte_of.keys() <= vocab.keys(), "its tokens are not made of GPT-2's 256 bytes")
