@@ -73,6 +73,14 @@ def test_gpt2s_own_files_give_gpt2s_ids(folder):
     assert gpt2.prompt("Hello world").tolist() == [50_256, 15496, 995]
 
 
+@pytest.mark.parametrize("folder", [corpora_folder("gpt2")])
+def test_tiny_shakespeare_has_nanogpts_number_of_tokens(folder, tmp_path):
+    """The numbers are from nanoGPT's data/shakespeare/readme.md."""
+    prepare(folder.parent / "tinyshakespeare.txt", tmp_path / "gpt2", str(folder))
+    dataset = open_dataset(tmp_path, "gpt2")
+    assert (len(dataset.train), len(dataset.val)) == (301_966, 36_059)
+
+
 def merged_by_hand(text, description):
     """The ids of one word: merge the pair of the lowest rank again and again, as in Sennrich et al. (2016)."""
     character = {byte: char for char, byte in bpe.byte_of_character().items()}
