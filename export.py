@@ -62,7 +62,8 @@ def to_hugging_face(source: Path, config: ExportConfig) -> None:
         "generation_config.json": {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": bos},
     }
     if tokenizer:
-        special = {} if bos is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), "\n")
+        names = ("bos_token", "eos_token", "pad_token")
+        special = {} if bos is None else dict.fromkeys(names, huggingface.bos_name(tokenizer))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
         files["tokenizer.json"] = huggingface.to_tokenizer_json(tokenizer)
         files["tokenizer_config.json"] = settings | {"clean_up_tokenization_spaces": False} | special

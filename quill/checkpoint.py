@@ -221,7 +221,9 @@ def match_vocabulary(state: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     tokenizer, theirs = dataset.tokenizer, state["tokenizer"]
     if theirs is None:  # nanoGPT's checkpoints know the number of ids only
         state = without_padding(state, tokenizer.vocab_size)
-    if state["vocab_size"] != tokenizer.vocab_size or theirs not in (None, tokenizer.to_json()):
+    # GPT-2's <|endoftext|> is among its ids. It can start documents, whether the model has seen any or not.
+    same = theirs is None or theirs | {"documents": None} == tokenizer.to_json() | {"documents": None}
+    if state["vocab_size"] != tokenizer.vocab_size or not same:
         kind = theirs["kind"] if theirs else "unknown"
         raise UserError(
             f"--dataset={dataset.name}: its vocabulary ({tokenizer.vocab_size} ids, {tokenizer.kind}) is not the one "

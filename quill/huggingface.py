@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from model import GPT
-from quill.data import tokenizers
-from quill.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from quill.data import bpe
+from quill.data.token_files import read_tokenizer
+from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, make
 from quill.errors import UserError
 
 # Values of options that no class of transformers has: in any model, with RoPE, and without.
@@ -109,30 +110,34 @@ def _to_llama(model, weights, name):
     return values | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, theirs
 
 
-def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    r"""Return the content of the tokenizer.json that encodes and decodes as `tokenizer` does.
+def bos_name(tokenizer: Tokenizer) -> str:
+    r"""Return the name of BOS in an exported tokenizer: "\n" where it replaces the newline."""
+    if isinstance(tokenizer, BPETokenizer) and tokenizer.bos in tokenizer.special:
+        return tokenizer.tokens[tokenizer.bos].decode()
+    return "\n" if tokenizer.bos_is_newline else bpe.SPECIAL
 
-    BOS, which replaces the newline, is the special token "\n" there.
-    """
+
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of the tokenizer.json that encodes and decodes as `tokenizer` does. BOS is a special token."""
     content: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None}
     if isinstance(tokenizer, CharTokenizer):
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         vocab = {char: i for i, char in enumerate(tokenizer.chars)}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}  # not in `vocab`: unknown ones are an error
         content |= {"pre_tokenizer": split, "model": model, "decoder": {"type": "Fuse"}}
-    elif isinstance(tokenizer, ByteTokenizer):
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        # As in GPT-2, a byte is the character of its number if that can be printed, else one from U+0100 on.
-        printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
-        vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-        content |= {"pre_tokenizer": level, "model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": level}
+    elif isinstance(tokenizer, BPETokenizer):
+        content = dict(tokenizer.description)
     else:
-        content = dict(tokenizer.to_json()["tokenizer"])
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        model = {"type": "BPE", "vocab": bpe.byte_of_character(), "merges": []}
+        content |= {"pre_tokenizer": level, "model": model, "decoder": level}
     if tokenizer.bos is not None:
+        bos, name = tokenizer.bos, bos_name(tokenizer)
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        content["added_tokens"] = [*content["added_tokens"], {"id": tokenizer.bos, "content": "\n", **flags}]
-        template = [{"SpecialToken": {"id": "\n", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        special = {"\n": {"id": "\n", "ids": [tokenizer.bos], "tokens": ["\n"]}}
+        others = [token for token in content["added_tokens"] if token["id"] != bos]
+        content["added_tokens"] = [*others, {"id": bos, "content": name, **flags}]
+        template = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        special = {name: {"id": name, "ids": [bos], "tokens": [name]}}
         processor = {"type": "TemplateProcessing", "single": template, "pair": template, "special_tokens": special}
         content["post_processor"] = processor
     return content
@@ -223,13 +228,13 @@ def _read_weights(folder):
 
 
 def _read_tokenizer(folder):
-    """Return the tokenizer of a folder, or None if it has none of quill's kinds."""
+    """Return the tokenizer of a folder: one that `to_tokenizer_json` has written, or BPE. None if there is no file."""
     try:
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         chars = [token for token in content["model"]["vocab"] if len(token) == 1]
-        own = [ByteTokenizer(False), ByteTokenizer(True), CharTokenizer(chars, False), CharTokenizer(chars, True)]
+        kinds = ((False, False), (True, True), (True, False))
+        own = [tokenizer for k in kinds for tokenizer in (ByteTokenizer(*k), CharTokenizer(chars, *k))]
         return next(tokenizer for tokenizer in own if to_tokenizer_json(tokenizer) == content)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
-        load_bpe = getattr(tokenizers, "load_bpe", None)
         has_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        return load_bpe(folder) if load_bpe and has_files else None
+        return make(read_tokenizer(str(folder)), False, False) if has_files else None

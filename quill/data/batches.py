@@ -198,8 +198,9 @@ class Batches:
         sizes = torch.from_numpy(token_bytes).to(self.tokens.device)
         pieces = self.tokens[first : first + predicted].split(COUNTED)
         total = sum(int(sizes[piece.long() & int(self.id_mask)].sum()) for piece in pieces)
-        # The BOS that ends the last document is not in the file. It stands for one byte, a newline.
-        return (total + (first + predicted > self.n_tokens)) / predicted
+        if first + predicted > self.n_tokens:  # the BOS that ends the last document is not in the file
+            total += int(token_bytes[self.bos])
+        return total / predicted
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
         """Read rows, given by starts and lengths (B,), as (x, y, tokens predicted); x and y are (B, T) on the device.

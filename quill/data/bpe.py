@@ -13,6 +13,7 @@ from typing import Any
 
 from quill.errors import UserError
 
+SPECIAL = "<|endoftext|>"  # the special token of a tokenizer that is trained here, as in GPT-2
 SAMPLE = 2**28  # bytes of text that a tokenizer is trained on, at most
 LONGEST_PIECE = 10_000  # characters that are encoded at once
 # A word ends before a space, so a cut there changes no id. A text without spaces is cut before a newline.
@@ -71,7 +72,7 @@ def train(pieces: Iterable[str], size: int, vocab_size: int) -> dict[str, Any]:
         tokenizer.train_from_iterator(sample(), trainer)
     finally:
         signal.signal(signal.SIGINT, handler)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens([SPECIAL])
     return json.loads(tokenizer.to_str())
 
 

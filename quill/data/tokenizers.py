@@ -96,7 +96,7 @@ class Tokenizer:
         return "\n"
 
     def token_bytes(self) -> np.ndarray:
-        """Return how many UTF-8 bytes of text each id stands for, (vocab_size,) int64. BOS stands for a newline."""
+        """Return how many UTF-8 bytes of text each id stands for, (vocab_size,) int64."""
         texts = (self.decode([i], "surrogateescape") for i in range(self.vocab_size))
         return np.array([len(text.encode(errors="replace")) for text in texts])  # a byte of a longer character is a "?"
 
