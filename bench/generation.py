@@ -23,12 +23,13 @@ def generate(config: BenchConfig) -> list[Line]:
         ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
     ):
         options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
-        ours = partial(program, "generate_quill", batch_size=batch_size, **options)
-        theirs = partial(program, "generate_nanogpt", peer=config.peer, batch_size=1, **options)
+        ours = partial(program, "generate", model="quill", batch_size=batch_size, **options)
+        theirs = partial(program, "generate", model="nanogpt", peer=config.peer, batch_size=1, **options)
         figures = in_turn(config.pairs, ours, theirs if config.peer else None)
         lines.append(report(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
         if config.peer and batch_size == 1 and find_spec("transformers"):
-            figures = in_turn(config.pairs, ours, partial(program, "generate_transformers", batch_size=1, **options))
+            theirs = partial(program, "generate", model="transformers", batch_size=1, **options)
+            figures = in_turn(config.pairs, ours, theirs)
             lines.append(
                 report(f"generation, {name}, with transformers as the peer", "tokens/s", *figures, more_is_better=True)
             )

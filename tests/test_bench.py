@@ -21,7 +21,8 @@ from bench import measure, peers, replay
 from bench import threads as threads_bench
 from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import draw
-from bench.programs import generate_nanogpt, replay_nanogpt
+from bench.programs import generate as generate_program
+from bench.programs import replay_nanogpt
 from quill.cli import read_config_file
 from quill.errors import UserError
 from quill.optimizer import learning_rate
@@ -210,8 +211,8 @@ SMALL |= {"device": "cpu", "dtype": "float32", "batch_size": 1}
 
 def test_programs_that_generate(peer):
     """Ours in a new process, as the bench runs it; the peer's in this one."""
-    assert measure.program("generate_quill", **SMALL) > 0
-    assert generate_nanogpt.main(peer=str(peer), **SMALL) > 0
+    assert measure.program("generate", model="quill", **SMALL) > 0
+    assert generate_program.main("nanogpt", peer=str(peer), **SMALL) > 0
 
 
 @pytest.mark.slow

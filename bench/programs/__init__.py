@@ -1,4 +1,4 @@
 """Programs that the benches run in separate processes. Each reads its options as JSON from stdin and prints JSON.
 
-For example: `echo '{…}' | python -m bench.programs.generate_quill`, in quill's folder.
+For example: `echo '{…}' | python -m bench.programs.generate`, in quill's folder.
 """

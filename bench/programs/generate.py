@@ -1,0 +1,80 @@
+"""Generate with random weights: quill's model, nanoGPT's, or transformers' GPT-2. Prints tokens per second.
+
+On a GPU, all compute in `dtype`, nanoGPT by autocast as in its sample.py. On a CPU, nanoGPT and transformers compute in
+float32, where transformers is faster.
+"""
+
+if __name__ == "__main__":
+    import quill.start  # noqa: F401 - must be the first import
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.programs.nanogpt import load_model_module
+from model import GPT
+from quill.cpu import speed_up
+from quill.generation import generate
+from quill.machine import pick_machine
+from quill.options import ModelConfig, SampleConfig
+
+Generate = Callable[..., torch.Tensor]  # generate(idx, tokens, temperature=…, top_k=…), as nanoGPT's
+
+
+def quill_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: Any) -> Generate:
+    """quill's model, cache and faster layers. The weights have the type `dtype`, as in sample.py."""
+    machine = pick_machine(SampleConfig(device=device, dtype=dtype))
+    model = speed_up(GPT(ModelConfig(**shape), vocab_size).eval().to(machine.device, machine.dtype))
+    return partial(generate, model)
+
+
+def nanogpt_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: str, peer: str) -> Generate:
+    """nanoGPT's model, from the folder `peer`."""
+    nanogpt = load_model_module(peer)
+    config = nanogpt.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=False, **shape)
+    kind = torch.device(device).type
+    autocast = torch.autocast(kind, getattr(torch, dtype), enabled=kind == "cuda" and dtype != "float32")
+    return autocast(nanogpt.GPT(config).eval().to(device).generate)
+
+
+def transformers_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: str) -> Generate:
+    """transformers' GPT-2 with its cache."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
+
+    shape["n_positions"] = shape.pop("block_size")
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=None, **shape)).eval()
+    model.to(device, getattr(torch, dtype) if torch.device(device).type == "cuda" else torch.float32)
+
+    def draw(idx, tokens, **options):
+        out = model.generate(idx, max_new_tokens=tokens, do_sample=True, pad_token_id=0, **options)
+        assert out.shape[1] == idx.shape[1] + tokens
+        return out
+
+    return draw
+
+
+MODELS = {"quill": quill_model, "nanogpt": nanogpt_model, "transformers": transformers_model}
+
+
+def main(model: str, batch_size: int, tokens: int, **options: Any) -> float:
+    """Time `model`, one of MODELS, on a batch of one-token prompts: a short warm-up, then the call that is timed.
+
+    options: device, dtype, vocab_size, shape (n_layer, n_head, n_embd, block_size), and for nanoGPT its folder, peer.
+    """
+    torch.manual_seed(0)
+    draw = MODELS[model](**options)
+    idx = torch.zeros((batch_size, 1), dtype=torch.long, device=options["device"])
+    with torch.no_grad():
+        draw(idx, 8, temperature=0.8, top_k=50).cpu()  # .cpu() waits until a GPU has finished
+        began = time.perf_counter()
+        draw(idx, tokens, temperature=0.8, top_k=50).cpu()
+    return batch_size * tokens / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(**json.load(sys.stdin))))
