@@ -123,11 +123,9 @@ def hardware(config: BenchConfig) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def in_turn(
-    pairs: int, ours: Callable[[], float], peer: Callable[[], float] | None = None
-) -> tuple[list[float], list[float]]:
+def in_turn(pairs: int, ours: Callable[[], Any], peer: Callable[[], Any] | None = None) -> tuple[list[Any], list[Any]]:
     """Measure `ours()` and `peer()` alternately, `pairs` times each. → our figures, the peer's"""
-    figures: tuple[list[float], list[float]] = ([], [])
+    figures: tuple[list[Any], list[Any]] = ([], [])
     for _ in range(pairs):
         figures[0].append(ours())
         if peer is not None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +126,11 @@ def recipe(config: BenchConfig) -> list[Line]:
     On a GPU, the peer runs its own config for Tiny Shakespeare as shipped, compiling included. Our runs have seeds
     1, 2, …; the peer's seed is always the same.
     """
-    losses: tuple[list[float], list[float]] = ([], [])
-
-    def ours():
-        seconds, best = recipe_run(config, seed=len(losses[0]) + 1)
-        losses[0].append(best)
-        return seconds
-
-    def theirs():
-        seconds, best = peer_recipe_run(config)
-        losses[1].append(best)
-        return seconds
-
-    figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-    lines = [report(f"{config.recipe}, whole process", "s", *figures, more_is_better=False)]
+    seeds = count(1)
+    theirs = partial(peer_recipe_run, config) if config.peer else None
+    runs = in_turn(config.pairs, lambda: recipe_run(config, next(seeds)), theirs)
+    seconds, losses = ([[run[i] for run in side] for side in runs] for i in range(2))
+    lines = [report(f"{config.recipe}, whole process", "s", *seconds, more_is_better=False)]
     print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
     return [*lines, report("best full-split val loss", "nats", *losses, more_is_better=False)]
 

@@ -3,9 +3,7 @@
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack
 from tempfile import TemporaryDirectory
 
 import torch
@@ -24,11 +22,13 @@ def threads(config: BenchConfig) -> list[Line]:
     lines = []
     for busy in (False, True):
         for path, steps in CONFIGS.items():
-            measure = partial(speed, path, steps, config)
             ours, peer = [], []
-            with spinning(busy):
+            with ExitStack() as stack:
+                if busy:
+                    spinning = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                    stack.callback(spinning.kill)
                 for _ in range(config.pairs):
-                    one, chosen, every = (measure(n) for n in (1, "auto", torch.get_num_threads()))
+                    one, chosen, every = (speed(path, steps, config, n) for n in (1, "auto", torch.get_num_threads()))
                     print(f"one {one:,.0f}, auto {chosen:,.0f}, all {every:,.0f}", flush=True)
                     ours.append(chosen)
                     peer.append(max(one, every))
@@ -44,15 +44,3 @@ def speed(path: str, steps: int, config: BenchConfig, number: int | str) -> floa
         options |= {"out_dir": f"{folder}/run", "data_dir": config.data_dir}
         process(["train.py", path, *as_flags(options)])
         return statistics.median(float(row["tokens_per_s"]) for row in read_metrics(f"{folder}/run")[1:])
-
-
-@contextmanager
-def spinning(busy: bool) -> Iterator[None]:
-    """Run a program that never waits, which takes a core, if `busy`."""
-    program = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-    try:
-        yield
-    finally:
-        if program:
-            program.kill()
-            program.wait()
