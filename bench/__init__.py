@@ -1,1 +1,1 @@
-"""The benches, `python -m bench`: one file for each kind. They share measure.py and shapes.py."""
+"""The benches, `python -m bench`: one file for each kind. They share measure.py."""

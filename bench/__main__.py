@@ -29,10 +29,8 @@ from typing import Any
 
 from bench import peers
 from bench.compare import compare
-from bench.generation import generate
 from bench.ladder import ladder
 from bench.measure import ROOT, Line, hardware
-from bench.replay import replay
 from bench.threads import threads
 from quill.cli import read_args, run
 from quill.errors import UserError
@@ -43,8 +41,8 @@ from quill.options import BenchConfig, TrainConfig
 SPEED = {
     "train": peers.train,
     "loss": peers.recipe,
-    "replay": replay,
-    "generate": generate,
+    "replay": peers.replay,
+    "generate": peers.generate,
     "start": peers.start,
     "prepare": peers.prepare,
     "threads": threads,

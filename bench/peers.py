@@ -1,4 +1,4 @@
-"""Compare the speed of quill and nanoGPT: training, a recipe from start to end, start-up, preparing text.
+"""Compare quill and nanoGPT: training, its losses, generation, a recipe from start to end, start-up, preparing text.
 
 The peer is a checkout of nanoGPT, which is not part of quill. Without one, quill is measured alone.
 """
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,21 @@ from bench.measure import (
     on_gpu,
     peer_machine_options,
     process,
+    program,
     read_metrics,
     report,
 )
-from bench.shapes import GPT2, GPT2_IDS, LAPTOP, SHAKESPEARE_10M
 from model import GPT
 from quill.errors import UserError
 from quill.machine import pick_machine
 from quill.options import BenchConfig, ModelConfig
 
 PEER_CONFIG = "config/train_shakespeare_char.py"  # nanoGPT's config for Tiny Shakespeare
+# The models that are measured: two of nanoGPT's recipes, and GPT-2's smallest.
+LAPTOP = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "dropout": 0.0}
+SHAKESPEARE_10M = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "dropout": 0.2}
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+GPT2_IDS = 50257
 
 
 # ---------------------------------------------------------------- training
@@ -115,6 +121,55 @@ def random_text(ids: int) -> str:
     """
     drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
     return "".join(chr(0x10000 + number) for number in drawn.tolist())
+
+
+def replay(config: BenchConfig, shape: dict[str, Any] = SHAKESPEARE_10M) -> list[Line]:
+    """Train 30 steps in float32 with train.py, then with nanoGPT's model and optimizer from our weights and batches."""
+    if not config.peer:
+        raise UserError("replay: give a checkout of nanoGPT to compare with, --peer=../nanoGPT")
+    options = shape | {"dropout": 0.0, "gradient_accumulation_steps": 1, "dataset": "shakespeare_char"}
+    options |= {"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "max_iters": 30, "eval_interval": 5}
+    options |= {"data_dir": config.data_dir, "device": config.device, "dtype": "float32", "compile": False}
+    with tempfile.TemporaryDirectory() as folder:
+        process(["train.py", *as_flags(options), f"--out_dir={folder}", "--eval_iters=1"])
+        ours = [float(row["train_loss"]) for row in read_metrics(folder)]
+    steps = program("replay_nanogpt", peer=config.peer, options=options)
+    theirs = [statistics.mean(steps[i : i + 5]) for i in range(0, len(steps), 5)]
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{len(steps)} steps, loss {ours[0]:.4f} to {ours[-1]:.4f}: at most {difference:.2g} from the peer's")
+    what = "train loss at 10.7M, means of 5 steps"
+    return [{"what": what, "unit": "nats", "n": 1, "ours": ours, "peer": theirs, "max_abs_difference": difference}]
+
+
+# ---------------------------------------------------------------- generation
+
+
+def generate(config: BenchConfig) -> list[Line]:
+    """Measure tokens per second of `generate` within the block: random weights, temperature 0.8, top-k 50.
+
+    nanoGPT draws one sample at a time, so its batch is always 1. Where transformers is installed and a peer is given,
+    single samples are compared with transformers' too.
+    """
+    lines = []
+    small = {key: SHAKESPEARE_10M[key] for key in GPT2}
+    many = 64 if on_gpu(config) else 16
+    for name, shape, vocab_size, batch_size, tokens in (
+        ("10.7M, one sample", small, 65, 1, 250),
+        (f"10.7M, {many} samples", small, 65, many, 250),
+        ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
+    ):
+        options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
+        ours = partial(program, "generate", model="quill", batch_size=batch_size, **options)
+        theirs = partial(program, "generate", model="nanogpt", peer=config.peer, batch_size=1, **options)
+        figures = in_turn(config.pairs, ours, theirs if config.peer else None)
+        lines.append(report(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
+        if config.peer and batch_size == 1 and find_spec("transformers"):
+            theirs = partial(program, "generate", model="transformers", batch_size=1, **options)
+            figures = in_turn(config.pairs, ours, theirs)
+            lines.append(
+                report(f"generation, {name}, with transformers as the peer", "tokens/s", *figures, more_is_better=True)
+            )
+    return lines
 
 
 # ---------------------------------------------------------------- whole processes

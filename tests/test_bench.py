@@ -17,7 +17,7 @@ import prepare
 import sample
 import train
 from bench import __main__ as bench
-from bench import measure, peers, replay
+from bench import measure, peers
 from bench import threads as threads_bench
 from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import draw
@@ -231,10 +231,10 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
     (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
     config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
-    (line,) = replay.replay(config, shape)
+    (line,) = peers.replay(config, shape)
     assert len(line["ours"]) == 6 and line["max_abs_difference"] < 1e-6
     monkeypatch.setattr(replay_nanogpt, "learning_rate", lambda step, config: learning_rate(step, config) / 2)
-    assert replay.replay(config, shape)[0]["max_abs_difference"] > 1e-4
+    assert peers.replay(config, shape)[0]["max_abs_difference"] > 1e-4
 
 
 @pytest.mark.parametrize(
