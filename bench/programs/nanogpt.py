@@ -1,18 +1,12 @@
 """nanoGPT's model, loaded from a checkout of nanoGPT."""
 
-import importlib.util
+import runpy
 import sys
-from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 
-def load_model_module(folder: str) -> ModuleType:
-    """Import `folder`/model.py by its path and not by its name, because quill has a module `model` too."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+def load_model_module(folder: str) -> Any:
+    """Run `folder`/model.py by its path, not by its name, because quill has a module `model` too. → its names"""
     sys.path.append(folder)  # a fork's model.py may import other files of its folder
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(f"{folder}/model.py"))
