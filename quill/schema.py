@@ -10,6 +10,7 @@ import math
 import re
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,50 @@ class Damage(Exception):
     """What is wrong with a checkpoint, without the name of its file."""
 
 
+@contextmanager
+def _naming(path):
+    """Turn Damage into a UserError about the file `path`."""
+    try:
+        yield
+    except Damage as damage:
+        raise UserError(f"{path}: damaged: {damage}; use another checkpoint") from None
+
+
 def check_to_sample(state: dict[str, Any], path: Path | str) -> None:
     """Raise a UserError if the keys that sampling and fine-tuning use are not as they must be."""
-    with_path(path, _check_to_sample, state)
+    with _naming(path):
+        config, vocab_size = _require(state, "config", _is_options, "options"), _count(state, "vocab_size", 1)
+        _check_options("config", config)
+        _count(state, "step", 0)
+        _require(state, "best_val_loss", lambda value: isinstance(value, float) and not math.isnan(value), "a number")
+        if state["tokenizer"] is not None:
+            try:
+                tokenizer = from_json(state["tokenizer"])
+            except UserError as error:
+                raise Damage(f"tokenizer: {error}") from None
+            if tokenizer.vocab_size != vocab_size:
+                raise Damage(f"the tokenizer has {tokenizer.vocab_size} ids, but vocab_size is {vocab_size}")
+        expected = _expected_shapes(config, vocab_size, state["model"])
+        tied = config.get("tie_weights", ModelConfig.tie_weights)
+        _check_weights("model", state["model"], expected, tied)
+        if state["ema"] is not None:
+            _check_weights("ema", state["ema"], expected, tied)
 
 
 def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
     """Raise a UserError if the keys that only a resume uses are not as they must be."""
-    with_path(path, _check_to_resume, state)
+    with _naming(path):
+        _check_options("flags", _require(state, "flags", _is_options, "options"))
+        _require(state, "losses", lambda x: isinstance(x, list) and all(map(_is_finite, x)), "finite numbers")
+        if len(state["losses"]) > state["step"]:
+            raise Damage(f"{len(state['losses'])} losses, but only {state['step']} steps")
+        _require(state, "seconds", lambda value: _is_finite(value) and value >= 0, "a number, 0 or more")
+        _count(state, "evals_since_best", 0)
+        _require(state, "scaler", lambda x: isinstance(x, dict) and all(map(_is_finite, x.values())), "numbers")
+        _require(state, "optimizers", lambda x: isinstance(x, list) and all(isinstance(o, dict) for o in x), "states")
+        _require(state, "data_order", lambda value: type(value) is int and value in (1, 2), "1 or 2")
+        if state["threads"] is not None:
+            _require(state, "threads", lambda value: type(value) is int and 1 <= value <= 4096, "from 1 to 4096")
 
 
 def check_moments(
@@ -45,35 +82,9 @@ def check_moments(
     """Raise a UserError if `saved` are not states of `optimizers` after `step` steps, with finite values."""
     if len(saved) != len(optimizers):
         raise UserError(f"{path}: damaged: {len(saved)} optimizers, but this run has {len(optimizers)}")
-    for optimizer, state in zip(optimizers, saved, strict=True):
-        with_path(path, _check_moments, optimizer, state, step)
-
-
-def with_path(path, check, *args):
-    """Call `check(*args)`, and turn what it finds into a UserError about the file `path`."""
-    try:
-        check(*args)
-    except Damage as damage:
-        raise UserError(f"{path}: damaged: {damage}; use another checkpoint") from None
-
-
-def _check_to_sample(state):
-    config, vocab_size = _require(state, "config", _is_options, "options"), _count(state, "vocab_size", 1)
-    _check_options("config", config)
-    _count(state, "step", 0)
-    _require(state, "best_val_loss", lambda value: isinstance(value, float) and not math.isnan(value), "a number")
-    if state["tokenizer"] is not None:
-        try:
-            tokenizer = from_json(state["tokenizer"])
-        except UserError as error:
-            raise Damage(f"tokenizer: {error}") from None
-        if tokenizer.vocab_size != vocab_size:
-            raise Damage(f"the tokenizer has {tokenizer.vocab_size} ids, but vocab_size is {vocab_size}")
-    expected = _expected_shapes(config, vocab_size, state["model"])
-    tied = config.get("tie_weights", ModelConfig.tie_weights)
-    _check_weights("model", state["model"], expected, tied)
-    if state["ema"] is not None:
-        _check_weights("ema", state["ema"], expected, tied)
+    with _naming(path):
+        for optimizer, state in zip(optimizers, saved, strict=True):
+            _check_moments(optimizer, state, step)
 
 
 def _check_options(name, options):
@@ -82,20 +93,6 @@ def _check_options(name, options):
     for key, value in options.items():
         if key in types_ and not _fits(value, types_[key]):
             raise Damage(f"{name} has {key}={_short(value)}, which is not {_name(types_[key])}")
-
-
-def _check_to_resume(state):
-    _check_options("flags", _require(state, "flags", _is_options, "options"))
-    _require(state, "losses", lambda x: isinstance(x, list) and all(map(_is_finite, x)), "finite numbers")
-    if len(state["losses"]) > state["step"]:
-        raise Damage(f"{len(state['losses'])} losses, but only {state['step']} steps")
-    _require(state, "seconds", lambda value: _is_finite(value) and value >= 0, "a number, 0 or more")
-    _count(state, "evals_since_best", 0)
-    _require(state, "scaler", lambda x: isinstance(x, dict) and all(map(_is_finite, x.values())), "numbers")
-    _require(state, "optimizers", lambda x: isinstance(x, list) and all(isinstance(o, dict) for o in x), "states")
-    _require(state, "data_order", lambda value: type(value) is int and value in (1, 2), "1 or 2")
-    if state["threads"] is not None:
-        _require(state, "threads", lambda value: type(value) is int and 1 <= value <= 4096, "from 1 to 4096")
 
 
 def _check_moments(optimizer, saved, step):
@@ -175,23 +172,17 @@ def _count(state, key, at_least):
 
 
 def _is_finite(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_options(value):
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and (item is None or isinstance(item, (bool, int, float, str)))
-        for name, item in value.items()
-    )
+    plain = (bool, int, float, str, types.NoneType)
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, plain) for k, v in value.items())
 
 
 def _is_plain_tensor(value):
-    return (
-        isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.is_floating_point()
-    )
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and value.is_floating_point()
 
 
 def _fits(value, kind):
@@ -201,11 +192,7 @@ def _fits(value, kind):
         return any(value == choice and type(value) is type(choice) for choice in choices)
     if choices:  # a union
         return any(_fits(value, choice) for choice in choices)
-    if kind is types.NoneType:
-        return value is None
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is kind
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _name(kind):
