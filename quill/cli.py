@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -100,16 +100,11 @@ def drop_output() -> None:
 
 
 def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[list[str], dict[str, Any]]:
-    """Split a command line into positional arguments and flags, which are checked against `schema`.
+    """Split a command line into positional arguments and flags. → the arguments, {key: value checked by `schema`}
 
     A flag is written --key=value. `--key` alone means True for a bool. `--key=` leaves a number at its default.
-    `--help` prints `doc` and the options, and exits with code 0.
-
-    Returns:
-        The positional arguments, and {key: value} of the flags.
-
-    Raises:
-        UserError: an option does not exist, or its value has the wrong type.
+    `--help` prints `doc` and the options, and exits with code 0. Raise a UserError if an option does not exist, or if
+    its value has the wrong type.
     """
     positional, flags, types_ = [], {}, option_types(schema)
     # nanoGPT's keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
@@ -140,10 +135,7 @@ def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Pat
 
     The file runs in a new namespace. Names with a leading underscore, modules and functions are not options. `base`
     names another config file in the same folder, whose options hold where this file has none; `readers` are the files
-    whose base is being read.
-
-    Raises:
-        UserError: the file has a mistake. The message has the file's name and the line.
+    whose base is being read. Raise a UserError with the file's name and the line if the file has a mistake.
     """
     path = _find_config_file(Path(path))
     try:
@@ -184,8 +176,7 @@ def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
 
 def _find_config_file(path: Path) -> Path:
     """Return `path`, or the same path in quill's folder, so that README's commands work in any folder."""
-    ours = CONFIG_DIR.parent / path
-    for found in (path, ours):
+    for found in (path, CONFIG_DIR.parent / path):
         if found.is_file():
             return found
     known = [str(Path("config") / p.relative_to(CONFIG_DIR)) for p in config_files()]
@@ -218,10 +209,8 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     """Convert `value`, a flag's text or any value of a config file, to the type `kind` of an option.
 
     Numbers are converted where nothing is lost: "1e3" to the int 1000, "1" to the float 1.0. `T | None` takes "" and
-    "none" as None. A Literal takes its members only.
-
-    Raises:
-        UserError: the value has another type. The message has `where`, `key` and the values that the option takes.
+    "none" as None. A Literal takes its members only. Raise a UserError with `where`, `key` and the values that the
+    option takes if `value` is none of them.
     """
     choices = typing.get_args(kind)
     if not isinstance(value, (str, int, float, types.NoneType)):
@@ -276,14 +265,10 @@ def _as_bool(value: Any) -> bool | None:
     return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
 
 
-def option_types(schema: type[Checked]) -> dict[str, Any]:
-    """Return the type of every option of `schema`, by name."""
+def option_types(schema: Any) -> dict[str, Any]:
+    """Return the type of every option of the dataclass `schema`, by name."""
     hints = typing.get_type_hints(schema)
-    return {f.name: hints[f.name] for f in _fields(schema)}
-
-
-def _fields(schema: type[Checked]) -> tuple[Field[Any], ...]:
-    return fields(schema)  # pyright: ignore[reportArgumentType]  # every subclass of Checked is a dataclass
+    return {f.name: hints[f.name] for f in fields(schema)}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -310,27 +295,24 @@ def list_configs() -> str:
     return "\n".join(f"  {name:{width}}  {doc}" for name, doc in rows)
 
 
-def help_text(schema: type[Checked], doc: str) -> str:
+def help_text(schema: Any, doc: str) -> str:
     """Return what `--help` prints: `doc`, then each group of `schema` with a line per option (name, default, help)."""
-    lines = [doc.strip(), ""]
+    lines = [doc.strip()]
     hints = option_types(schema)
     for group in reversed(schema.__mro__):
-        own = [f for f in _fields(schema) if f.name in inspect.get_annotations(group)]
+        own = [f for f in fields(schema) if f.name in inspect.get_annotations(group)]
         if own:
-            lines.append(f"{vars(group)['HEADING']}:")
+            lines += ["", f"{vars(group)['HEADING']}:"]
         for f in own:
             kind = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is typing.Literal else ()
             choices = f" ({' | '.join(str(c) for c in kind)})" if kind else ""
             lines.append(f"  --{f.name + '=' + describe_default(schema, f.name):31}  {f.metadata['help']}{choices}")
-        if own:
-            lines.append("")
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines)
 
 
 def describe_default(schema: type[Checked], key: str) -> str:
     """Return an option's default as a flag has it; "" for None."""
-    default = next(f.default for f in _fields(schema) if f.name == key)
-    assert default is not MISSING, f"{key} has no default"
+    default = getattr(schema, key)
     return "" if default is None else str(default)
 
 
