@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,11 +28,9 @@ class RunFolder:
     def __init__(self, out_dir: str):
         self.path = Path(out_dir)
 
-    @contextmanager
-    def locked(self) -> Iterator[RunFolder]:
-        """Hold the folder's lock. Raise a UserError if another process has it."""
-        with folder_lock(self.path):
-            yield self
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the folder's lock in a `with` block. Raise a UserError if another process has it."""
+        return folder_lock(self.path)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of a run that exist, the one to resume from first.
@@ -55,14 +52,10 @@ class RunFolder:
         found = self.find_run()
         if not found or config.overwrite:
             return
-        if self.checkpoints():
+        resume = "resume it with --init_from=resume, " if self.checkpoints() else ""
+        if resume or self.path / "ckpt.pt" in found or self._identity() != identity(config):
             raise UserError(
-                f"{found[0]} is another run's: resume it with --init_from=resume, "
-                "choose another --out_dir, or replace it with --overwrite=True"
-            )
-        if self.path / "ckpt.pt" in found or self._identity() != identity(config):
-            raise UserError(
-                f"{found[0]} is another run's: choose another --out_dir, or replace it with --overwrite=True"
+                f"{found[0]} is another run's: {resume}choose another --out_dir, or replace it with --overwrite=True"
             )
 
     def _identity(self):
