@@ -26,8 +26,7 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
     With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
     the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.
 
-    Raises:
-        UserError: the operating system refuses a write, for example because the disk is full.
+    Raise a UserError if the operating system refuses a write, for example because the disk is full.
     """
     targets = [Path(path) for path in paths]
     token = secrets.token_hex(4)  # several processes may write the same files at the same time
@@ -78,10 +77,8 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     If this made the folder, and the block raises without having written anything, the folder is removed.
     On Windows, and on file systems without locks, nothing is locked.
 
-    wait: wait for another process to release the lock, instead of raising.
-
-    Raises:
-        UserError: the folder can't be written to, or another running process has locked it.
+    wait: wait for another process to release the lock, instead of raising. Raise a UserError if the folder can't be
+    written to, or if another running process has locked it.
     """
     is_new = not folder.exists()
     descriptor = _open_and_lock(folder, wait)

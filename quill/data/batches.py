@@ -72,10 +72,7 @@ def stream_offset(seed: int, epoch: int, slack: int, block_size: int, data_order
 
 
 class Batches:
-    """The batches of one split, for one rank.
-
-    `rows_per_epoch` is the number of rows in an epoch.
-    """
+    """The batches of one split, for one rank. `rows_per_epoch` is the number of rows in an epoch."""
 
     def __init__(
         self,
@@ -93,17 +90,11 @@ class Batches:
     ) -> None:
         """Find the rows of a split, and copy it to the device if it is small.
 
-        Args:
-            tokens: the split (N,), uint16 or uint32; it may be memory-mapped.
-            bos: the id that starts a document; None for a stream, which must have more than block_size tokens.
-            block_size: T, the length of a row in a batch.
-            rows: rows in the global batch of a step, over all ranks; a multiple of world_size.
-            micro_rows: maximum number of rows in a micro-batch.
-            seed: the run's seed, from which the order and the offset of each epoch are derived.
-            device: where batches are put.
-            rank: which rank this is, from 0.
-            world_size: the number of ranks.
-            data_order: DATA_ORDER, or 1 for a run that quill 0.1 began.
+        tokens: the split (N,), uint16 or uint32; it may be memory-mapped.
+        bos: the id that starts a document; None for a stream, which must have more than block_size tokens.
+        rows: rows in the global batch of a step, over all ranks; a multiple of world_size.
+        micro_rows: maximum number of rows in a micro-batch.
+        data_order: DATA_ORDER, or 1 for a run that quill 0.1 began.
         """
         assert rows % world_size == 0, "every rank takes the same number of rows"
         self.bos, self.block_size, self.device = bos, block_size, device
@@ -152,11 +143,9 @@ class Batches:
         return starts, lengths
 
     def global_batch(self, step: int) -> tuple[int, list[Batch]]:
-        """Make this rank's part of a step's global batch.
+        """Make this rank's part of a step's global batch, as micro-batches with x and y (at most micro_rows, T).
 
-        Returns:
-            The number of tokens that the global batch predicts on all ranks, and this rank's micro-batches
-            [(x, y, tokens predicted)] with x and y (at most micro_rows, T).
+        → the number of tokens that the global batch predicts on all ranks, [(x, y, tokens predicted)]
         """
         if self.prefetcher is None:
             return self._make_global_batch(step)

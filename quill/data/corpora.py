@@ -22,9 +22,9 @@ class Corpus:
 
     name: str
     file: str  # file name, in the folder $QUILL_CORPORA or, for a bundled corpus, in data/
-    url: str
-    sha256: str
     origin: str  # who made it, and under which licence it is used
+    url: str = ""
+    sha256: str = ""
     tokenizer: str = "char"
     is_documents: bool = False  # every line is a separate document
 
@@ -42,8 +42,6 @@ CORPORA = {
         Corpus(
             name="names",
             file="names.txt",
-            url="",
-            sha256="",
             origin="given names, typed for quill (MIT, like the rest of it)",
             is_documents=True,
         ),
@@ -63,10 +61,8 @@ def locate(corpus: Corpus, input: str = "", data_dir: str | Path = "data") -> Pa
     """Find a copy of `corpus`, verify it and return its path.
 
     The first of these that exists is used: `input`, the folder $QUILL_CORPORA, an earlier download in `data_dir`.
-    If none exists, the corpus is downloaded to `data_dir`. A bundled corpus is always the repository's.
-
-    Raises:
-        UserError: the copy is not the corpus, can't be read, or can't be downloaded.
+    If none exists, the corpus is downloaded to `data_dir`. A bundled corpus is always the repository's. Raise a
+    UserError if the copy is not the corpus, can't be read, or can't be downloaded.
     """
     if not corpus.url:
         if input:
@@ -123,8 +119,7 @@ def download(corpus: Corpus, path: Path) -> Path:
 def read_url(url: str, title: str, remedy: str) -> Iterator[bytes]:
     """Download `url` in chunks, with a progress bar named `title` if stderr is a terminal.
 
-    Raises:
-        UserError: the server can't be reached, refuses, or ends too early. The message ends with `remedy`.
+    Raise a UserError that ends with `remedy` if the server can't be reached, refuses, or ends too early.
     """
     # Imported here, because they are slow to import and seldom needed.
     import http.client
