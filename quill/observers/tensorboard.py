@@ -42,9 +42,7 @@ class TensorBoard(Observer):
 
         self.config, self.progress, self.model = state.config, state.progress, state.model
         starts, lengths = val_batches.validation_rows()
-        longest = slice(
-            lengths.argmax(), lengths.argmax() + 1
-        )  # of a stream, whose rows have equal lengths, the first row
+        longest = [lengths.argmax()]  # of a stream, whose rows have equal lengths, the first row
         x, _, tokens = val_batches.gather(starts[longest], lengths[longest])
         self.idx = x[:, : min(tokens, LONGEST_TEXT)]  # (1, T)
         self.text = state.tokenizer.decode(self.idx[0].tolist())
