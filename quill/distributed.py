@@ -126,13 +126,10 @@ class ProcessGroup:
         if store is not None:
             with suppress(dist.DistError):
                 store.add("informed", 1)
-                if self._serves_store():
+                # torchrun's agent serves the store, unless an option moves it to rank 0. Then it ends with rank 0.
+                if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     _wait_until(lambda: store.add("informed", 0) == self.world_size, 1.0)
         os._exit(int(first.split()[1]))
-
-    def _serves_store(self):
-        """Whether the store ends with this process: torchrun's agent serves it, but an option moves it to rank 0."""
-        return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def _line(self, error):
         """The line on stderr for `error` and the exit code. A bug gets its traceback as well."""
@@ -143,7 +140,8 @@ class ProcessGroup:
             return f"stopped by {signal.Signals(number).name}", 128 + number
         if isinstance(error, SystemExit):
             return "", error.code if isinstance(error.code, int) else int(error.code is not None)
-        if _is_lost_connection(error):
+        # gloo's errors have no type of their own.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
             return f"rank {self.rank} lost its connection to another process, which has failed or was killed", 1
         if not isinstance(error, (UserError, OSError)):
             traceback.print_exception(error)
@@ -243,8 +241,3 @@ def _wait_until(is_true, seconds):
 
 def _interrupt(number, frame):
     raise KeyboardInterrupt(number)
-
-
-def _is_lost_connection(error):
-    """Whether torch says that another process has gone. gloo's errors have no type of their own."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

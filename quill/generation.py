@@ -27,10 +27,7 @@ from quill.options import TrainConfig
 
 
 class KVCache:
-    """The keys and values that each layer has computed so far, at most block_size of them.
-
-    `stream_tokens` replaces it when it is full.
-    """
+    """The keys and values of each layer, at most block_size of them. `stream_tokens` replaces it when it is full."""
 
     def __init__(self, config: Any):
         self.length = 0  # tokens that the model has seen; GPT.final_hidden counts them
@@ -149,13 +146,7 @@ def draw_samples(
         return []
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed, step))
     prompt = torch.from_numpy(tokenizer.prompt("")).long().to(machine.device).repeat(count, 1)
+    options = {"temperature": config.sample_temperature, "stop_token": tokenizer.bos, "generator": generator}
     with machine.autocast():
-        tokens = generate(
-            model,
-            prompt,
-            config.sample_tokens,
-            temperature=config.sample_temperature,
-            stop_token=tokenizer.bos,
-            generator=generator,
-        )
+        tokens = generate(model, prompt, config.sample_tokens, **options)
     return [tokenizer.decode(row[prompt.size(1) :]).strip() for row in tokens.tolist()]

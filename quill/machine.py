@@ -104,11 +104,7 @@ class StopSignals:
         return group.max(self.received)
 
 
-def pick_machine(
-    config: Any,
-    group: ProcessGroup | None = None,
-    saved_threads: int | None = None,
-) -> Machine:
+def pick_machine(config: Any, group: ProcessGroup | None = None, saved_threads: int | None = None) -> Machine:
     """Pick the device and the dtype that `config` asks for, and set the number of torch's threads.
 
     Under torchrun, each process of a node uses its own GPU. saved_threads: the number of threads in the checkpoint. A
@@ -132,9 +128,8 @@ def pick_machine(
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device)
     if dtype == torch.float16 and device.type == "cpu":
         raise UserError("--dtype=float16 is for GPUs; use --dtype=float32 or --dtype=bfloat16 on a CPU")
-    return Machine(
-        device=device, dtype=dtype, name=name, threads_reason=reason if device.type == "cpu" else "", group=group
-    )
+    reason = reason if device.type == "cpu" else ""
+    return Machine(device=device, dtype=dtype, name=name, threads_reason=reason, group=group)
 
 
 def set_threads(option: int | str, saved: int | None = None) -> str:
