@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,27 +71,18 @@ def verdict(a: str, b: str, difference: float, margin: float) -> str:
     return f"{better} is better by {abs(difference):.4f} ± {margin:.4f}"
 
 
-# ---------------------------------------------------------------- statistics
-
-
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """Compare two samples in pairs. → mean of b - a, half the width of its 95 % interval"""
     differences = [y - x for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2:
-        return differences[0], math.inf
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.mean(differences), t_quantile(len(differences) - 1) * error
 
 
 def t_quantile(degrees: int, probability: float = 0.95) -> float:
     """Return the t for which Student's distribution has `probability` between -t and t, by bisection of the angle."""
-    low, high = 0.0, math.pi / 2
-    while (middle := (low + high) / 2) not in (low, high):
-        if t_probability(middle, degrees) < probability:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(degrees) * math.tan(low)
+    step = math.pi / 2 / 2**52  # of the angle, which is from 0 to π/2
+    steps = bisect(range(2**52), probability, key=lambda i: t_probability(i * step, degrees))
+    return math.sqrt(degrees) * math.tan(steps * step)
 
 
 def t_probability(angle: float, degrees: int) -> float:

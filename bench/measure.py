@@ -26,9 +26,6 @@ ROOT = Path(__file__).parent.parent
 Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
 
 
-# ---------------------------------------------------------------- processes
-
-
 def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = None) -> tuple[float, str]:
     """Run `python *argv` to its end. → seconds, what it printed. Raise a UserError if it fails."""
     argv = [str(arg) for arg in argv]
@@ -59,9 +56,6 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-# ---------------------------------------------------------------- training runs
-
-
 def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> list[dict[str, str]]:
     """Train config `path` with `options` in `out_dir`, or resume the run there. → rows of metrics.csv
 
@@ -86,9 +80,6 @@ def read_metrics(folder: str | Path) -> list[dict[str, str]]:
     """Return the rows of a run's metrics.csv."""
     with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-# ---------------------------------------------------------------- the machine
 
 
 def machine_options(config: BenchConfig) -> dict[str, str]:
@@ -118,9 +109,6 @@ def hardware(config: BenchConfig) -> str:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         name = names[0] if names else name
     return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
-
-
-# ---------------------------------------------------------------- figures
 
 
 def in_turn(pairs: int, ours: Callable[[], Any], peer: Callable[[], Any] | None = None) -> tuple[list[Any], list[Any]]:

@@ -95,7 +95,9 @@ def gpt2(
     options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | machine_options(config)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "random.txt"
-        text.write_text(random_text(ids), encoding="utf-8")
+        # Each id once, to complete the vocabulary, then random ones. From U+10000 on, there are no surrogates.
+        drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
+        text.write_text("".join(chr(0x10000 + number) for number in drawn.tolist()), encoding="utf-8")
         process(["prepare.py", f"--input={text}", "--dataset=random", f"--data_dir={folder}"])
         options |= {"data_dir": folder, "out_dir": f"{folder}/run", "overwrite": True}
 
@@ -112,15 +114,6 @@ def gpt2(
         shares = [speed * flops / machine.peak_flops for speed in speeds]
         lines.append(report("MFU of that", "of the data sheet's half-precision peak", shares, [], more_is_better=True))
     return lines
-
-
-def random_text(ids: int) -> str:
-    """Return a text of `ids` different characters: each once, to complete the vocabulary, then 20 × `ids` drawn.
-
-    The characters begin at U+10000, where there are no surrogates.
-    """
-    drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
-    return "".join(chr(0x10000 + number) for number in drawn.tolist())
 
 
 def replay(config: BenchConfig, shape: dict[str, Any] = SHAKESPEARE_10M) -> list[Line]:

@@ -62,7 +62,6 @@ def test_paired_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1/√3, t of 2 degrees of freedom 4.303."""
     mean, margin = paired_difference([0, 0, 0], [1, 2, 3])
     assert mean == 2 and margin == pytest.approx(4.303 / math.sqrt(3), abs=0.0005)
-    assert paired_difference([1.0], [3.0]) == (2.0, math.inf)
 
 
 @pytest.mark.parametrize(
