@@ -15,10 +15,7 @@ from model import GPT, CausalSelfAttention
 
 
 def speed_up(model: GPT) -> GPT:
-    """Replace the layers of a model that is on a CPU by the faster ones below, in place. → `model`
-
-    A model on another device is not changed.
-    """
+    """Replace the layers of a model by the faster ones below, in place, if it is on a CPU. → `model`"""
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
             module.__class__ = FASTER.get(type(module), type(module))

@@ -13,10 +13,7 @@ from quill.options import TrainConfig
 
 
 class Console(Observer):
-    """Lines on stdout, and a progress bar on stderr if that is a terminal.
-
-    flops_per_token: from `GPT.flops_per_token`, for the model FLOPs utilisation (MFU).
-    """
+    """Lines on stdout, with the model FLOPs utilisation (MFU), and a progress bar on stderr if that is a terminal."""
 
     def __init__(self, config: TrainConfig, step: int, machine: Machine, flops_per_token: float):
         self.config, self.machine, self.flops_per_token = config, machine, flops_per_token
