@@ -87,10 +87,7 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read_command(positional: list[str]) -> tuple[str, list[str]]:
-    """Read the bench's name and its config files. → name, full paths
-
-    The paths are made absolute because the runs start in quill's folder, wherever the bench was started.
-    """
+    """Read the bench's name and its config files, whose paths become absolute as in `with_full_paths`. → both"""
     name, *paths = positional or [""]
     name = ALIASES.get(name, name)
     if name not in NAMES:

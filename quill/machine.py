@@ -113,7 +113,7 @@ def pick_machine(config: Any, group: ProcessGroup | None = None, saved_threads: 
     """
     group = group or ProcessGroup()
     reason = set_threads(config.threads, saved_threads)
-    device = _best_device(group) if config.device == "auto" else _device(config.device)
+    device = _device(config.device, group)
     if device.type == "cuda":
         device, name = _pick_gpu(device, group)
     elif device.type == "mps":
@@ -168,13 +168,11 @@ def _pick_gpu(device, group):
     return device, torch.cuda.get_device_name(device)
 
 
-def _best_device(group):
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() and group.world_size == 1 else "cpu")
-
-
-def _device(text):
+def _device(text, group):
+    if text == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() and group.world_size == 1 else "cpu")
     try:
         device = torch.device(text)
     except RuntimeError:
