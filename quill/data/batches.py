@@ -37,12 +37,6 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def cut_stream(n_tokens: int, block_size: int) -> Rows:
-    """Cut a stream into windows that do not overlap, in order. The last window may be shorter than block_size."""
-    starts = np.arange(0, n_tokens - 1, block_size)
-    return starts, np.minimum(block_size, n_tokens - 1 - starts)
-
-
 def cut_documents(tokens: np.ndarray, bos: int, block_size: int) -> Rows:
     """Cut `tokens` (N,) into rows that hold one document each, in order.
 
@@ -166,7 +160,10 @@ class Batches:
 
     def validation_rows(self) -> Rows:
         """Return the rows of the whole split, in order: every token but the first of a stream is predicted once."""
-        return cut_stream(self.n_tokens, self.block_size) if self.bos is None else self.document_rows
+        if self.bos is not None:
+            return self.document_rows
+        starts = np.arange(0, self.n_tokens - 1, self.block_size)
+        return starts, np.minimum(self.block_size, self.n_tokens - 1 - starts)  # the last window may be shorter
 
     def validation(self, max_rows: int | None = None) -> Iterator[Batch]:
         """Yield this rank's share of the split's batches (x, y, tokens predicted), in order.
