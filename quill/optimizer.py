@@ -42,9 +42,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[tuple[torch.o
         else:
             (decay if parameter.dim() >= 2 else no_decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), weight_decay=0.0, fused=True
-    )
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adamw, config.learning_rate)]
     if muon:
         # 4 steps train as well as torch's 5 (docs/records/), 3 and 2 do not.
