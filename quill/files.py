@@ -44,21 +44,16 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
             targets[-1].unlink(missing_ok=True)
         for source, target in zip(temporary, targets, strict=True):
             os.replace(source, target)
-        _sync_folder(folder)
+        if os.name == "posix":  # make the renames survive a power cut; other systems can't open a folder
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except OSError as error:
         raise UserError(f"can't write {targets[-1]}: {error.strerror or error}") from None
     finally:
         for path in temporary:
             with suppress(OSError):
                 path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut. Only POSIX systems can open a folder to sync it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def open_without_links(path: Path, flags: int) -> int:
