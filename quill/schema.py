@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import types
 import typing
 from contextlib import contextmanager
@@ -172,7 +173,7 @@ def _count(state, key, at_least):
 
 
 def _is_finite(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # math.isfinite fails for larger integers
 
 
 def _is_options(value):

@@ -88,6 +88,8 @@ ON_RESUME = [
     (put("flags", "seed", value=[1]), "flags must be options"),
     (put("flags", "n_head", value="x"), "flags has n_head='x', which is not a whole number"),
     (put("losses", value=[NAN]), "losses must be finite numbers"),
+    (put("losses", value=[10**400]), "losses must be finite numbers"),
+    (put("seconds", value=10**400), "seconds must be a number"),
     (put("losses", value=[1.0] * 9), "9 losses, but only 3 steps"),
     (put("seconds", value=-1.0), "seconds must be a number, 0 or more"),
     (put("evals_since_best", value=1.5), "evals_since_best must be a whole number"),
