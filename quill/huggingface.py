@@ -112,8 +112,8 @@ def _to_llama(model, weights, name):
 
 def bos_name(tokenizer: Tokenizer) -> str:
     r"""Return the name of BOS in an exported tokenizer: "\n" where it replaces the newline."""
-    if isinstance(tokenizer, BPETokenizer) and tokenizer.bos in tokenizer.special:
-        return tokenizer.tokens[tokenizer.bos].decode()
+    if tokenizer.bos in tokenizer.special:
+        return tokenizer.special[tokenizer.bos]
     return "\n" if tokenizer.bos_is_newline else bpe.SPECIAL
 
 

@@ -117,7 +117,7 @@ def test_every_text_and_back(tokenizer, text, cuts):
     assert ids.dtype == np.int64
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
-    assert not set(ids.tolist()) & tokenizer.special
+    assert not set(ids.tolist()) & tokenizer.special.keys()
     decode, pieces = tokenizer.decoder(), []
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), None], strict=True):
         pieces.append(decode(ids[start:end], final=end is None))

@@ -109,15 +109,11 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def read_description(values: Any) -> tuple[list[bytes], set[int], str]:
-    """Read the object of a tokenizer.json.
+def read_description(values: Any) -> tuple[list[bytes], dict[int, str], str]:
+    """Read the object of a tokenizer.json. Raise a UserError if it is not byte-level BPE, or does not keep every text.
 
-    Returns:
-        The bytes of each id, where a special token has those of its name; the ids of the special tokens; a
-        tokenizer.json without them, so that no text is encoded to one.
-
-    Raises:
-        UserError: it is not byte-level BPE, or it does not keep every text.
+    → the bytes of each id, where a special token has those of its name; the special tokens' names by id; a
+    tokenizer.json without them, so that no text is encoded to one
     """
     try:
         json.dumps(values, ensure_ascii=False).encode()  # meta.json can hold it
@@ -148,9 +144,9 @@ def _read_description(values):
     check(set("".join(vocab)) <= byte_of.keys() <= vocab.keys(), "its tokens are not made of GPT-2's 256 bytes")
     merges = [merge.split(" ") if isinstance(merge, str) else [*merge] for merge in model["merges"]]
     check(all({a, b, a + b} <= vocab.keys() for a, b in merges), "a merge has a token that is not in the vocabulary")
-    names = special | {i: bytes(byte_of[char] for char in token) for token, i in vocab.items()}
-    tokens = [name if isinstance(name := names[i], bytes) else name.encode() for i in range(len(ids))]
+    tokens = {i: bytes(byte_of[char] for char in token) for token, i in vocab.items()}
+    tokens |= {i: name.encode() for i, name in special.items()}
     model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": model.get("ignore_merges") is True}
     words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     encoder = {"version": "1.0", "added_tokens": [], "pre_tokenizer": words, "model": model}
-    return tokens, set(special), json.dumps(encoder)
+    return [tokens[i] for i in range(len(ids))], special, json.dumps(encoder)

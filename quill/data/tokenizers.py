@@ -22,29 +22,27 @@ from quill.errors import UserError
 
 
 class Tokenizer:
-    """Base class. A subclass sets `kind` and `size`, and implements `encode` and `decoder`.
+    """Base class. A subclass sets `kind`, its name in --tokenizer and in JSON, and implements `encode`.
 
-    kind: its name in --tokenizer and in JSON.
-    size: the number of ids, without a BOS that follows them.
+    size, vocab_size: the number of ids, without and with a BOS that follows them.
+    bos: the id that starts a document; None for a stream.
+    tokens: the bytes that each id is decoded to.
+    special: the names of the ids that no text is encoded to. Only BPE has them.
     """
 
     kind: str
-    size: int
+    special: dict[int, str] = {}
+    newline = "\n"  # replaces an empty prompt of a stream
 
-    def __init__(self, is_documents: bool = False, bos_is_newline: bool = True) -> None:
+    def __init__(self, tokens: list[bytes], is_documents: bool, bos_is_newline: bool) -> None:
         """is_documents: the text is a set of documents, not a stream. bos_is_newline: each of them is a line."""
+        self.tokens, self.size = tokens, len(tokens)
         self.is_documents = is_documents
         self.bos_is_newline = is_documents and bos_is_newline
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, with BOS."""
-        return self.size + self.is_documents
-
-    @property
-    def bos(self) -> int | None:
-        """The id that starts a document; None for a stream."""
-        return self.size if self.is_documents else None
+        self.bos = min(self.special, default=self.size) if is_documents else None
+        if self.bos is not None:  # it replaces a token, or is one more
+            self.tokens[self.bos : self.bos + 1] = [b"\n" if bos_is_newline else b""]
+        self.vocab_size = len(self.tokens)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` to its ids (T,), int64. Raise a UserError if the vocabulary lacks a character."""
@@ -75,12 +73,8 @@ class Tokenizer:
         It returns whole characters only: the bytes of an unfinished one are kept for the next call. With final=True
         they are decoded too. errors: what happens to bytes that are not UTF-8, as in `bytes.decode`.
         """
-        raise NotImplementedError
-
-    def without_bos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return `ids` as int64, without a BOS that stands for no text."""
-        ids = np.asarray(ids, dtype=np.int64)
-        return ids if self.bos_is_newline or self.bos is None else ids[ids != self.bos]
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors)
+        return lambda ids, final=False: utf8.decode(b"".join(self.tokens[i] for i in ids), final)
 
     def prompt(self, text: str) -> np.ndarray:
         """Encode `text` as a prompt: the ids (T,), T ≥ 1, that generation continues.
@@ -89,16 +83,11 @@ class Tokenizer:
         """
         if self.is_documents:
             return self.encode_documents([text])
-        return self.encode(text or self.newline())
-
-    def newline(self) -> str:
-        """Return the text that replaces an empty prompt of a stream."""
-        return "\n"
+        return self.encode(text or self.newline)
 
     def token_bytes(self) -> np.ndarray:
-        """Return how many UTF-8 bytes of text each id stands for, (vocab_size,) int64."""
-        texts = (self.decode([i], "surrogateescape") for i in range(self.vocab_size))
-        return np.array([len(text.encode(errors="replace")) for text in texts])  # a byte of a longer character is a "?"
+        """Return how many UTF-8 bytes of text each id stands for, (vocab_size,) int64; 0 for special tokens."""
+        return np.array([0 if i in self.special else len(token) for i, token in enumerate(self.tokens)])
 
     def to_json(self) -> dict[str, Any]:
         """Return the description in meta.json and in checkpoints, from which `from_json` makes an equal tokenizer."""
@@ -110,7 +99,6 @@ class Tokenizer:
         return isinstance(other, Tokenizer) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
-        """Equal tokenizers have equal hashes."""
         return hash((self.kind, self.is_documents, self.size))
 
 
@@ -121,13 +109,14 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: Iterable[str], is_documents: bool = False, bos_is_newline: bool = True) -> None:
         """chars: the characters of the vocabulary, in any order and with repetitions, so a whole text will do."""
-        super().__init__(is_documents, bos_is_newline)
-        self.chars = "".join(sorted(set(chars) - ({"\n"} if self.bos_is_newline else set())))
-        self.size = len(self.chars)
-        self.codes = code_points(self.chars + ("\n" if self.bos_is_newline else ""))  # id → code point
+        self.chars = "".join(sorted(set(chars) - ({"\n"} if is_documents and bos_is_newline else set())))
+        super().__init__([char.encode(errors="replace") for char in self.chars], is_documents, bos_is_newline)
+        if "\n" not in self.chars:
+            self.newline = self.chars[:1]
+        codes = code_points(self.chars + ("\n" if self.bos_is_newline else ""))  # id → code point
         # Code point → id, or -1 for unknown ones. `take` clips code points that are too high to the last entry, a -1.
-        self.ids = np.full(int(self.codes.max(initial=0)) + 2, -1)
-        self.ids[self.codes] = np.arange(len(self.codes))
+        self.ids = np.full(int(codes.max(initial=0)) + 2, -1)
+        self.ids[codes] = np.arange(len(codes))
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` to its ids (T,), int64; T is the number of characters."""
@@ -136,18 +125,6 @@ class CharTokenizer(Tokenizer):
         if ids.min(initial=0) < 0:
             raise unknown(chr(code) for code in np.unique(codes[ids < 0]))
         return ids
-
-    def decoder(self, errors: str = "replace") -> Callable[..., str]:
-        """Return the decoding function. Every id is a whole character, so it keeps nothing between calls."""
-
-        def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
-            return self.codes[self.without_bos(ids)].tobytes().decode("utf-32-le", "surrogatepass")
-
-        return decode
-
-    def newline(self) -> str:
-        """Return a newline, or the first character of a vocabulary without one."""
-        return "\n" if "\n" in self.chars else self.chars[0]
 
     def to_json(self) -> dict[str, Any]:
         """Return the description, with the characters in the order of their ids."""
@@ -158,50 +135,31 @@ class ByteTokenizer(Tokenizer):
     """A token is a byte of the text's UTF-8. There are 256 ids and BOS, so every text can be encoded."""
 
     kind = "byte"
-    size = 256
+
+    def __init__(self, is_documents: bool = False, bos_is_newline: bool = True) -> None:
+        super().__init__([bytes([byte]) for byte in range(256)], is_documents, bos_is_newline)
 
     def encode(self, text: str) -> np.ndarray:
         """Encode `text` to its ids (T,), int64; T is the number of bytes."""
         ids = np.frombuffer(to_utf8(text), np.uint8).astype(np.int64)
         return np.where(ids == ord("\n"), self.size, ids) if self.bos_is_newline else ids
 
-    def decoder(self, errors: str = "replace") -> Callable[..., str]:
-        """Return the decoding function, which keeps the bytes of an unfinished character between calls."""
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-
-        def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
-            ids = self.without_bos(ids)
-            return utf8.decode(np.where(ids == self.bos, ord("\n"), ids).astype(np.uint8).tobytes(), final)
-
-        return decode
-
 
 class BPETokenizer(Tokenizer):
     """A token is a sequence of bytes, found by byte-level BPE: see bpe.py.
 
-    A special token, such as <|endoftext|>, is an id that no text is encoded to. BOS is the first of them, or one more
-    id at the end if there is none.
+    A special token, such as <|endoftext|>, is decoded to its name. BOS is the first of them, or one more id at the end
+    if there is none, and is decoded to nothing.
     """
 
     kind = "bpe"
 
     def __init__(self, description: Any, is_documents: bool = False) -> None:
         """description: the object of a tokenizer.json. Raise a UserError if it is not byte-level BPE."""
-        super().__init__(is_documents, bos_is_newline=False)
         bpe.check_package()
+        tokens, self.special, self.encoder_json = bpe.read_description(description)
+        super().__init__(tokens, is_documents, bos_is_newline=False)
         self.description = description
-        self.tokens, self.special, self.encoder_json = bpe.read_description(description)
-        self.size = len(self.tokens)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, with BOS."""
-        return self.size + (self.bos == self.size)
-
-    @property
-    def bos(self) -> int | None:
-        """The id that starts a document; None for a stream."""
-        return min(self.special, default=self.size) if self.is_documents else None
 
     @cached_property
     def encoder(self) -> Any:
@@ -228,24 +186,6 @@ class BPETokenizer(Tokenizer):
             encodings = self.encoder.encode_batch_fast(pieces, add_special_tokens=False)
         ids = (np.array(encoding.ids, np.int64) for encoding in encodings)
         return [np.concatenate([*islice(ids, len(some))]) for some in cuts]
-
-    def decoder(self, errors: str = "replace") -> Callable[..., str]:
-        """Return the decoding function, which keeps the bytes of an unfinished character between calls.
-
-        A special token gives its name, but BOS gives nothing.
-        """
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-
-        def decode(ids: Sequence[int] | np.ndarray, final: bool = False) -> str:
-            return utf8.decode(b"".join(self.tokens[i] for i in self.without_bos(ids)), final)
-
-        return decode
-
-    def token_bytes(self) -> np.ndarray:
-        """Return how many bytes of a text each id stands for, (vocab_size,) int64; 0 for special tokens and BOS."""
-        lengths = np.array([*map(len, self.tokens), 0][: self.vocab_size])
-        lengths[[*self.special]] = 0
-        return lengths
 
     def to_json(self) -> dict[str, Any]:
         """Return the description, with the object of the tokenizer.json."""
