@@ -13,16 +13,15 @@ import hashlib
 import json
 import operator
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from quill.cli import did_you_mean
+from quill.cli import did_you_mean, note
 from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.data.encoding import encode_splits, scan_text
@@ -42,7 +41,6 @@ class Dataset:
 
     name: str
     tokenizer: Tokenizer
-    is_documents: bool
     train: np.memmap
     val: np.memmap
     meta: dict[str, Any]  # the values of meta.json
@@ -51,17 +49,10 @@ class Dataset:
 # ---------------------------------------------------------------- writing
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def prepare_if_missing(dataset: str, data_dir: str | Path = "data", say: Callable[[str], None] = _say) -> None:
-    """Prepare the known corpus `dataset` if it has not been prepared yet; `say` announces it with a line.
-
-    Nothing happens if `dataset` is not the name of a known corpus.
-    """
+def prepare_if_missing(dataset: str, data_dir: str | Path = "data") -> None:
+    """Prepare `dataset`, and print a line about it, if it is a known corpus that has not been prepared yet."""
     if dataset in CORPORA and not os.path.isfile(Path(data_dir) / dataset / "meta.json"):
-        say(f"{dataset} is not prepared yet: writing it to {Path(data_dir) / dataset}")
+        note(f"{dataset} is not prepared yet: writing it to {Path(data_dir) / dataset}")
         prepare_corpus(CORPORA[dataset], data_dir)
 
 
@@ -83,18 +74,12 @@ def prepare(
 ) -> dict[str, Any]:
     """Write UTF-8 text files as token files in the folder `out`, replacing older ones.
 
-    The text is read twice: first for its vocabulary and length, then to encode it.
+    The text is read twice: first for its vocabulary and length, then to encode it. Returns the values of meta.json.
 
-    Args:
-        source, tokenizer, documents, vocab_size: as the options of PrepareConfig; source is its `input`.
-        out: the dataset's folder.
-        name: the name of the source in meta.json; by default its file names.
+    source, tokenizer, documents, vocab_size: as the options of PrepareConfig; source is its `input`.
+    name: the name of the source in meta.json; by default its file names.
 
-    Returns:
-        The values of meta.json.
-
-    Raises:
-        UserError: `source` can't be read, is not UTF-8, is too short, or changes while it is read.
+    Raise a UserError if `source` can't be read, is not UTF-8, is too short, or changes while it is read.
     """
     known = None if tokenizer in KINDS else make(read_tokenizer(tokenizer), documents != "none", documents == "lines")
     with tqdm(unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
@@ -145,16 +130,21 @@ def write_dataset(
     dtype = dtype_of(tokenizer)
     files = replacing(out / "train.bin", out / "val.bin", out / "meta.json")
     with folder_lock(out, wait=True), files as (train, val, meta):
-        splits = {"train": TokenFileWriter(train, dtype), "val": TokenFileWriter(val, dtype)}
-        for train_ids, val_ids in split_ids:
-            splits["train"].write(train_ids)
-            splits["val"].write(val_ids)
+        splits = {"train": (train, hashlib.sha256()), "val": (val, hashlib.sha256())}
+        for pieces in split_ids:
+            for ids, (file, digest) in zip(pieces, splits.values(), strict=True):
+                raw = ids.astype(dtype).data
+                file.write(raw)
+                digest.update(raw)
         values = {
             "format": 2 if tokenizer.is_documents and not tokenizer.bos_is_newline else 1,
             "tokenizer": tokenizer.to_json(),
             "dtype": dtype.name,
             "documents": tokenizer.is_documents,
-            "splits": {split: writer.describe() for split, writer in splits.items()},
+            "splits": {
+                split: {"tokens": file.tell() // dtype.itemsize, "sha256": digest.hexdigest()}
+                for split, (file, digest) in splits.items()
+            },
             "source": {"name": name, "sha256": sha256()},
         }
         meta.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode())
@@ -166,34 +156,11 @@ def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 65_535 else "<u4")
 
 
-class TokenFileWriter:
-    """A .bin file that is being written."""
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
-        """Start an empty split of the given type in `file`."""
-        self.file, self.dtype, self.tokens, self.digest = file, dtype, 0, hashlib.sha256()
-
-    def write(self, ids: np.ndarray) -> None:
-        """Append `ids` (T,)."""
-        ids = ids.astype(self.dtype)
-        self.file.write(ids.data)
-        self.digest.update(ids.data)
-        self.tokens += len(ids)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the split's entry in meta.json."""
-        return {"tokens": self.tokens, "sha256": self.digest.hexdigest()}
-
-
 # ---------------------------------------------------------------- reading
 
 
 def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
-    """Open `data_dir`/`dataset` and verify it against its meta.json.
-
-    Raises:
-        UserError: the dataset is missing or damaged. The message ends with the command that writes it again.
-    """
+    """Open `data_dir`/`dataset`. Raise a UserError, with the command that writes it, if it is missing or damaged."""
     folder = Path(data_dir) / dataset
     command = f"python prepare.py {dataset if dataset in CORPORA else f'--input=FILE --dataset={dataset}'}"
     command = f"`{command}`" if Path(data_dir) == Path("data") else f"`{command} --data_dir={data_dir}`"
@@ -223,7 +190,7 @@ def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
         raise UserError(f"{path}: {error}; {command} writes it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {command} writes it again") from None
-    return Dataset(dataset, tokenizer, tokenizer.is_documents, splits["train"], splits["val"], meta)
+    return Dataset(dataset, tokenizer, splits["train"], splits["val"], meta)
 
 
 def read_tokenizer(name: str) -> dict[str, Any]:
