@@ -46,25 +46,18 @@ class Row:
 
 
 def split_documents(text: str, tokenizer: Tokenizer) -> list[str]:
-    """Split `text` into its lines that are not blank, if documents are lines. Any other text is one document.
-
-    The list is empty if there is nothing to score.
-    """
+    """Split `text` into lines that are not blank, if documents are lines; other text is one document, if not empty."""
     if tokenizer.bos_is_newline:
         return [line for line in text.split("\n") if line.strip()]
     return [text] if text else []
 
 
 def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """Encode `text` for `score`.
+    """Encode `text` for `score`. → the ids, uint32, and the text that is scored
 
-    Returns:
-        The ids, uint32, and the text that is scored. The first id is context only. The final BOS of documents is not
-        among the ids, because `Batches` adds it. A newline that BOS replaces is a character of the text; with a token
-        per character, bits per character are then the mean loss / ln 2.
-
-    Raises:
-        UserError: the vocabulary lacks a character.
+    The first id is context only. The final BOS of documents is not among the ids, because `Batches` adds it. A newline
+    that BOS replaces is a character of the text; with a token per character, bits per character are then the mean
+    loss / ln 2. Raise a UserError if the vocabulary lacks a character.
     """
     if tokenizer.is_documents:
         documents = split_documents(text, tokenizer)
@@ -80,10 +73,7 @@ def score(model: GPT, tokenizer: Tokenizer, ids: np.ndarray, temperature: float,
     """Yield a Row for each token of `ids`, which `encode` made.
 
     Probabilities are the softmax of logits / temperature, in float32 whatever the model computes in. The model stays
-    in evaluation mode.
-
-    Raises:
-        UserError: the logits are not finite.
+    in evaluation mode. Raise a UserError if the logits are not finite.
     """
     model.eval()
     batches = Batches(ids, tokenizer.bos, model.config.block_size, rows=1, micro_rows=1, seed=0, device=device)
@@ -143,13 +133,11 @@ def readable(text: str) -> list[str]:
     """
     cells = []
     for char in text:
-        if char == " ":
-            char = "␣"
-        elif "\udc80" <= char <= "\udcff":
+        if "\udc80" <= char <= "\udcff":
             char = f"\\x{ord(char) - 0xDC00:02x}"
         elif char in "\\␣" or not char.isprintable() or unicodedata.category(char).startswith("M"):
             char = char.encode("unicode_escape").decode()
-        cells.append(char)
+        cells.append("␣" if char == " " else char)
     return cells
 
 
@@ -195,8 +183,7 @@ def table(rows: Iterable[Row], tokenizer: Tokenizer, text: str) -> Iterator[str]
         losses.append(row.loss)
         cells = "  ".join(f"{pad(name, token)} {p:.3f}" for name, p in row.likeliest)
         cells += " " * (middle - width(cells))
-        p = row.probability
-        p = f"{p:.4f}" if p >= 5e-5 else f"{p:.0e}"
+        p = format(row.probability, ".4f" if row.probability >= 5e-5 else ".0e")
         yield f"{pad(row.context, CONTEXT_WIDTH)}  {cells}  {pad(row.token, last)}  {p:>6}  {row.loss:7.3f}"
     values = totals(losses, text)
     ends = f", counting the end ({END}) of each document" if tokenizer.bos_is_newline else ""

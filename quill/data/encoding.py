@@ -36,8 +36,7 @@ class Scan:
 def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
     """Read a text for the first time, for its length and, where `tokenizer` is the name of a kind, its vocabulary.
 
-    Raises:
-        UserError: there is too little text for two splits.
+    Raise a UserError if there is too little text for two splits.
     """
     kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
     known, length, digest = np.zeros(sys.maxunicode + 1, bool), 0, hashlib.sha256()
@@ -80,8 +79,7 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
 def encode_splits(text: Texts, scan: Scan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Read a text for the second time and yield its ids in pieces, (those for training, those for validation).
 
-    Raises:
-        UserError: the text has changed since it was scanned.
+    Raise a UserError if the text has changed since it was scanned.
     """
     digest, train_left, tokenizer = hashlib.sha256(), scan.length * 9 // 10, scan.tokenizer
     pieces = text.pieces(digest)

@@ -77,8 +77,7 @@ class Texts:
     def decoded(self, path: Path, digest: hashlib._Hash) -> Iterator[str]:
         """Read a file and yield its text in pieces, none of them empty; add its bytes to `digest`.
 
-        Raises:
-            UserError: the file can't be read, or is not UTF-8; the message has the byte and the line.
+        Raise a UserError if the file can't be read, or, with the byte and the line, if it is not UTF-8.
         """
         newlines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         at, chunk = 0, b"-"
