@@ -8,25 +8,20 @@ Each class below is one group of options, which `--help` prints under its HEADIN
 that its class inherits from. Reading options from flags and config files is left to quill/cli.py.
 """
 
+import operator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 from quill.errors import UserError
 
-
-def option(
-    default: Any,
-    help: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Make a dataclass field with a help line and a range; `at_least` is inclusive, `above` and `below` are not."""
-    return field(default=default, metadata={"help": help, "at_least": at_least, "above": above, "below": below})
-
-
 TEXTS = ("start", "score")  # options that are any text, and not a name or a path
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def option(default: Any, help: str, **limits: float) -> Any:
+    """Make a dataclass field with a help line and the range of its values: any of the keys of LIMITS."""
+    return field(default=default, metadata={"help": help, "limits": limits})
 
 
 class Checked:
@@ -38,36 +33,25 @@ class Checked:
         """Raise a UserError that names the flag if a value is out of range or contradicts another one."""
         for f in fields(self):  # pyright: ignore[reportArgumentType]  # every subclass is a dataclass
             value = getattr(self, f.name)
-            if isinstance(value, str) and f.name not in TEXTS:
-                _check_text(f.name, value)
-            elif value is not None and not isinstance(value, (str, bool)):
-                _check_range(f.name, value, **{key: f.metadata[key] for key in ("at_least", "above", "below")})
+            if isinstance(value, str):
+                # File names, checkpoints and meta.json can't have these characters.
+                if f.name not in TEXTS and ("\0" in value or value.encode(errors="replace").decode() != value):
+                    raise UserError(f"--{f.name}={value}: must be UTF-8 text without null characters")
+            elif value is not None and not isinstance(value, bool):
+                _check_range(f.name, value, f.metadata["limits"])
         for group in type(self).__mro__:
             if "_check_group" in vars(group):
                 group._check_group(self)
 
 
-def _check_text(name: str, value: str) -> None:
-    """Raise a UserError if `value` has characters that file names, checkpoints or meta.json can't have."""
-    try:
-        wrong = "\0" in value or not value.encode()
-    except UnicodeEncodeError:
-        wrong = True
-    if wrong and value:
-        raise UserError(f"--{name}={value}: must be UTF-8 text without null characters")
-
-
-def _check_range(name: str, value: float, at_least: float | None, above: float | None, below: float | None) -> None:
+def _check_range(name: str, value: float, limits: dict[str, float]) -> None:
     if not -1e300 < value < 1e300:  # false for nan too; an int may be too large to become a float
         raise UserError(f"--{name}={str(value)[:30]}: must be a finite number below 1e300")
     if isinstance(value, int) and value >= 2**63 and name != "seed":
         raise UserError(f"--{name}={str(value)[:30]}: must be a finite number below 2**63")
-    if at_least is not None and value < at_least:
-        raise UserError(f"--{name}={value}: must be at least {at_least}")
-    if above is not None and value <= above:
-        raise UserError(f"--{name}={value}: must be above {above}")
-    if below is not None and value >= below:
-        raise UserError(f"--{name}={value}: must be below {below}")
+    for key, limit in limits.items():
+        if not LIMITS[key](value, limit):
+            raise UserError(f"--{name}={value}: must be {key.replace('_', ' ')} {limit}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +139,7 @@ class OptimizerConfig(Checked):
         None, "step at which the rate reaches min_lr; empty means max_iters", at_least=1
     )
     min_lr: float = option(6e-5, "learning rate at the end of the decay", at_least=0)
-    wsd_decay: float = option(0.2, "wsd: the rate decays in this last fraction of the steps", above=0)
+    wsd_decay: float = option(0.2, "wsd: the rate decays in this last fraction of the steps", above=0, at_most=1)
     ema_decay: float = option(
         0.0,
         "d in the moving average of the weights, average = d × average + (1 - d) × weights; 0 turns it off",
@@ -172,8 +156,6 @@ class OptimizerConfig(Checked):
             )
         if self.schedule != "constant" and self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr={self.min_lr} is above --learning_rate={self.learning_rate}")
-        if self.wsd_decay > 1:
-            raise UserError(f"--wsd_decay={self.wsd_decay}: must be at most 1")
 
     @property
     def decay_end(self) -> int:
@@ -257,14 +239,12 @@ class SampleConfig(SystemConfig):
         0.8, "divides the logits; 0 always takes the likeliest token; with --score the default is 1", at_least=0
     )
     top_k: int | None = option(200, "draw from the k likeliest tokens; empty draws from all", at_least=1)
-    top_p: float | None = option(None, "draw from the likeliest tokens whose probabilities sum up to this", above=0)
+    top_p: float | None = option(
+        None, "draw from the likeliest tokens whose probabilities sum up to this", above=0, at_most=1
+    )
     seed: int = option(1337, "the same seed gives the same text", at_least=0)
     score: str = option("", "a text, or FILE:text.txt: show how likely each of its tokens is, without sampling")
     json: bool = option(False, "with --score: print a JSON object instead of the table")
-
-    def _check_group(self) -> None:
-        if self.top_p is not None and self.top_p > 1:
-            raise UserError(f"--top_p={self.top_p}: a probability is at most 1")
 
 
 @dataclass(frozen=True)
