@@ -4,14 +4,14 @@ An option that nanoGPT has too keeps nanoGPT's name and default, so most of nano
 unchanged. These defaults differ: `device`, `dtype` and `compile` are `auto`; `eval_iters` is 0, which evaluates the
 whole validation split; `lr_decay_iters` is `max_iters`; `start` is empty.
 
-Each class below is one group of options, which `--help` prints under its HEADING. A command's options are the groups
+Each class below is one group of options, which `--help` prints under its heading. A command's options are the groups
 that its class inherits from. Reading options from flags and config files is left to quill/cli.py.
 """
 
 import operator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from quill.errors import UserError
 
@@ -27,7 +27,9 @@ def option(default: Any, help: str, **limits: float) -> Any:
 class Checked:
     """Base class of all groups: checks each value's range at construction, then the groups' own rules."""
 
-    HEADING: ClassVar[str] = ""
+    def __init_subclass__(cls, heading: str) -> None:
+        """heading: what `--help` prints above the options of the group."""
+        cls.HEADING = heading
 
     def __post_init__(self) -> None:
         """Raise a UserError that names the flag if a value is out of range or contradicts another one."""
@@ -55,10 +57,8 @@ def _check_range(name: str, value: float, limits: dict[str, float]) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
+class ModelConfig(Checked, heading="The model's architecture"):
     """The architecture of a GPT. A checkpoint's weights fix all of it except the dropout."""
-
-    HEADING: ClassVar[str] = "The model's architecture"
 
     block_size: int = option(1024, "longest context, in tokens", at_least=1)
     n_layer: int = option(12, "number of transformer blocks; 0 with --position=none is a bigram model", at_least=0)
@@ -97,10 +97,8 @@ class ModelConfig(Checked):
 
 
 @dataclass(frozen=True)
-class RunConfig(Checked):
+class RunConfig(Checked, heading="The run: where it reads, where it writes, how it starts"):
     """Where a run reads and writes, and how it starts."""
-
-    HEADING: ClassVar[str] = "The run: where it reads, where it writes, how it starts"
 
     dataset: str = option("openwebtext", "name of the folder in data_dir that holds train.bin and val.bin")
     data_dir: str = option("data", "folder of the prepared datasets")
@@ -117,10 +115,8 @@ class RunConfig(Checked):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Checked):
+class OptimizerConfig(Checked, heading="Optimizer, batch and learning-rate schedule"):
     """The optimizer, the batch and the learning-rate schedule."""
-
-    HEADING: ClassVar[str] = "Optimizer, batch and learning-rate schedule"
 
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
     batch_size: int = option(12, "sequences in a micro-batch", at_least=1)
@@ -164,10 +160,8 @@ class OptimizerConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ReportConfig(Checked):
+class ReportConfig(Checked, heading="Evaluation, logging and samples during a run"):
     """What a run evaluates, logs and prints during training."""
-
-    HEADING: ClassVar[str] = "Evaluation, logging and samples during a run"
 
     eval_interval: int = option(2000, "steps between evaluations; each evaluation writes a checkpoint", at_least=1)
     eval_iters: int = option(
@@ -195,10 +189,8 @@ class ReportConfig(Checked):
 
 
 @dataclass(frozen=True)
-class SystemConfig(Checked):
+class SystemConfig(Checked, heading="The machine"):
     """What a command computes on."""
-
-    HEADING: ClassVar[str] = "The machine"
 
     device: str = option("auto", "auto | cpu | cuda | cuda:1 | mps")
     threads: int | Literal["auto"] = option(
@@ -211,10 +203,8 @@ class SystemConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelConfig):
+class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelConfig, heading="Compiling"):
     """The options of train.py."""
-
-    HEADING: ClassVar[str] = "Compiling"
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
 
@@ -224,10 +214,8 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
 
 
 @dataclass(frozen=True)
-class SampleConfig(SystemConfig):
+class SampleConfig(SystemConfig, heading="Sampling"):
     """The options of sample.py."""
-
-    HEADING: ClassVar[str] = "Sampling"
 
     out_dir: str = option("out", "folder of the run to sample from: its best.pt, else its last.pt")
     ckpt: str = option("", "a checkpoint file, instead of out_dir; nanoGPT's ckpt.pt works too")
@@ -248,10 +236,8 @@ class SampleConfig(SystemConfig):
 
 
 @dataclass(frozen=True)
-class PrepareConfig(Checked):
+class PrepareConfig(Checked, heading="Preparing a text"):
     """The options of prepare.py."""
-
-    HEADING: ClassVar[str] = "Preparing a text"
 
     input: str = option("", "UTF-8 text: a file, a,b or texts/*.txt; for a known corpus, a copy that you already have")
     dataset: str = option("", "name of the folder to write in data_dir")
@@ -276,10 +262,8 @@ class PrepareConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ExportConfig(Checked):
+class ExportConfig(Checked, heading="Converting a model"):
     """The options of export.py."""
-
-    HEADING: ClassVar[str] = "Converting a model"
 
     to: Literal["hf", "quill"] = option("hf", "hf: write a folder for transformers; quill: write a checkpoint")
     folder: str = option("", "with --to=hf: the folder to write; empty means hf in the run's folder")
@@ -289,10 +273,8 @@ class ExportConfig(Checked):
 
 
 @dataclass(frozen=True)
-class BenchConfig(SystemConfig):
+class BenchConfig(SystemConfig, heading="Benchmarks"):
     """The options of `python -m bench`."""
-
-    HEADING: ClassVar[str] = "Benchmarks"
 
     peer: str = option("", "folder of nanoGPT, to measure it too; empty measures quill alone (replay needs nanoGPT)")
     pairs: int = option(5, "how many times quill and nanoGPT each run; they alternate", at_least=1)
