@@ -19,6 +19,7 @@ from quill.data import bpe
 from quill.data.token_files import read_tokenizer
 from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, make
 from quill.errors import UserError
+from quill.interop import MASKS
 
 # Values of options that no class of transformers has: in any model, with RoPE, and without.
 REFUSED = {"n_layer": 0, "norm": "none", "norm_final": False, "mlp_ratio": 0, "residual": False, "position": "none"}
@@ -169,7 +170,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'config.json'}: not of a GPT-2 that can be read: {error!r}") from None
     weights, tokenizer = {}, _read_tokenizer(folder)
     for key, weight in _read_weights(folder).items():
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which old versions stored
+        if not key.endswith(MASKS):
             weight = weight.T if key.endswith(TRANSPOSED) and weight.dim() == 2 else weight
             weights[key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"] = weight
     if tied and WTE in weights:
