@@ -78,9 +78,7 @@ class ModelConfig(Checked, heading="The model's architecture"):
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
     tie_weights: bool = option(True, "lm_head and the token embedding share one matrix")
     qk_norm: bool = option(False, "apply RMSNorm to queries and keys")
-    init_std: float | None = option(
-        None, "initialise every matrix from N(0, init_std); empty means as GPT-2 does", above=0
-    )
+    init_std: float | None = option(None, "standard deviation of initial matrices; empty: as in GPT-2", above=0)
 
     def _check_group(self) -> None:
         if self.n_embd % self.n_head:
@@ -131,16 +129,11 @@ class OptimizerConfig(Checked, heading="Optimizer, batch and learning-rate sched
     grad_clip: float = option(1.0, "clip the gradient's global norm to this; 0 turns clipping off", at_least=0)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup_iters: int = option(2000, "steps of linear warm-up", at_least=0)
-    lr_decay_iters: int | None = option(
-        None, "step at which the rate reaches min_lr; empty means max_iters", at_least=1
-    )
+    lr_decay_iters: int | None = option(None, "step at which the rate is min_lr; empty means max_iters", at_least=1)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", at_least=0)
     wsd_decay: float = option(0.2, "wsd: the rate decays in this last fraction of the steps", above=0, at_most=1)
     ema_decay: float = option(
-        0.0,
-        "d in the moving average of the weights, average = d × average + (1 - d) × weights; 0 turns it off",
-        at_least=0,
-        below=1,
+        0.0, "d in the weights' moving average = d × average + (1 - d) × weights; 0 turns it off", at_least=0, below=1
     )
 
     def _check_group(self) -> None:
