@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quill import checkpoint, huggingface
+from quill import checkpoint, interop
 from quill.cli import note, read_args, run
 from quill.data.tokenizers import from_json
 from quill.errors import UserError
@@ -51,10 +51,10 @@ def to_hugging_face(source: Path, config: ExportConfig) -> None:
     """Write a checkpoint, or the best one of the run in the folder `source`, as a Hugging Face folder."""
     source = checkpoint.find(source) if source.is_dir() else source
     folder = Path(config.folder or source.parent / "hf")
-    safetensors, state = huggingface.safetensors(), checkpoint.load(source)
+    safetensors, state = interop.safetensors(), checkpoint.load(source)
     tokenizer = from_json(state["tokenizer"]) if state["tokenizer"] else None
     model, bos = checkpoint.load_model(state), tokenizer.bos if tokenizer else None
-    values, weights = huggingface.to_transformers(model, bos, source)
+    values, weights = interop.to_transformers(model, bos, source)
     (name,) = values["architectures"]
     files: dict[str, dict[str, Any] | str | bytes] = {
         "model.safetensors": safetensors.save(weights, {"format": "pt"}),
@@ -63,9 +63,9 @@ def to_hugging_face(source: Path, config: ExportConfig) -> None:
     }
     if tokenizer:
         names = ("bos_token", "eos_token", "pad_token")
-        special = {} if bos is None else dict.fromkeys(names, huggingface.bos_name(tokenizer))
+        special = {} if bos is None else dict.fromkeys(names, interop.bos_name(tokenizer))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
-        files["tokenizer.json"] = huggingface.to_tokenizer_json(tokenizer)
+        files["tokenizer.json"] = interop.to_tokenizer_json(tokenizer)
         files["tokenizer_config.json"] = settings | {"clean_up_tokenization_spaces": False} | special
     else:
         note(f"note: {source} has no tokenizer, so none is written")

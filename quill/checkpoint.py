@@ -30,8 +30,7 @@ from quill.cli import note
 from quill.data.token_files import Dataset
 from quill.errors import UserError
 from quill.files import replacing
-from quill.huggingface import PRETRAINED, find_pretrained, read_folder, without_padding
-from quill.interop import NANOGPT_KEYS, from_nanogpt
+from quill.interop import NANOGPT_KEYS, PRETRAINED, find_pretrained, from_nanogpt, read_folder, without_padding
 from quill.options import ModelConfig, TrainConfig
 from quill.run_folder import RunFolder, what_is_kept
 from quill.schema import check_to_resume, check_to_sample

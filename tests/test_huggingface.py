@@ -1,4 +1,4 @@
-"""huggingface.py and export.py: folders for transformers and back, against numpy, and (slow) against transformers."""
+"""interop.py and export.py: folders for transformers and back, against numpy, and (slow) against transformers."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from quill.data import token_files
 from quill.data.tokenizers import ByteTokenizer, CharTokenizer
 from quill.errors import UserError
 from quill.generation import generate
-from quill.huggingface import to_tokenizer_json
+from quill.interop import to_tokenizer_json
 from quill.options import TrainConfig
 
 st = pytest.importorskip("safetensors.torch")

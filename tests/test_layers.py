@@ -33,7 +33,7 @@ LAYERS = [
         "quill/distributed.py": "torch",
     },
     {"model.py": "torch", "quill/optimizer.py": "torch", "quill/cpu.py": "torch", "quill/generation.py": "torch"},
-    {"quill/interop.py": "torch", "quill/huggingface.py": "torch (safetensors)"},
+    {"quill/interop.py": "torch (safetensors)"},
     {"quill/checkpoint.py": "torch", "quill/run_folder.py": "", "quill/schema.py": "torch"},
     {"quill/state.py": "torch"},
     {"quill/observers/": "torch tqdm (tensorboard)", "quill/scoring.py": "numpy torch", "quill/describe.py": "torch"},
