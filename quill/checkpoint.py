@@ -132,8 +132,8 @@ def weights_to_sample(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restore the saved moments, but keep the settings that `optimizer` has, because a resume may change them."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    groups = [own | {"params": group["params"]} for own, group in zip(settings, saved["param_groups"], strict=True)]
+    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    groups = [own | {"params": theirs["params"]} for own, theirs in pairs]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
@@ -192,10 +192,8 @@ def _resume(from_file, flags, held):
         note(f"note: {key}={old_flags[key]} was given as a flag earlier, and flags override the config file")
     given = {key: value for key, value in given.items() if key not in old_flags}
     _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer"}), path)
-    known = {f.name for f in fields(TrainConfig)}
-    options: dict[str, Any] = {key: value for key, value in state["config"].items() if key in known}
-    options |= given | {"init_from": "resume", "out_dir": out_dir}
-    config = TrainConfig(**options)
+    options: dict[str, Any] = _values(state, {f.name for f in fields(TrainConfig)})
+    config = TrainConfig(**(options | given | {"init_from": "resume", "out_dir": out_dir}))
     if (config.ema_decay > 0) != (state["ema"] is not None):
         was = state["config"]["ema_decay"]
         raise UserError(

@@ -36,18 +36,17 @@ def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Ba
         in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.document_rows[1].sum()
         tokens, epochs = in_epoch / epoch, f"{config.max_iters / epoch:,.2f} epochs, "
         epoch_lines = [f"an epoch          {epoch:,.1f} steps, {in_epoch:,} tokens"]
-    return "\n".join(
-        [
-            f"{'GPT':44}{model.num_params():>14,} parameters",
-            *_module_lines(model, config),
-            f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
-            *_memory_lines(model, config, machine),
-            f"a step            {rows:,} rows, {tokens:,.0f} tokens",
-            *epoch_lines,
-            f"the run           {config.max_iters:,} steps, {epochs}{config.max_iters * tokens:.2e} tokens, "
-            f"{config.max_iters * tokens * flops:.2e} FLOPs",
-        ]
-    )
+    lines = [
+        f"{'GPT':44}{model.num_params():>14,} parameters",
+        *_module_lines(model, config),
+        f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
+        *_memory_lines(model, config, machine),
+        f"a step            {rows:,} rows, {tokens:,.0f} tokens",
+        *epoch_lines,
+        f"the run           {config.max_iters:,} steps, {epochs}{config.max_iters * tokens:.2e} tokens, "
+        f"{config.max_iters * tokens * flops:.2e} FLOPs",
+    ]
+    return "\n".join(lines)
 
 
 def _module_lines(model, config):

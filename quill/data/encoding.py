@@ -22,6 +22,8 @@ from quill.data.texts import Texts
 from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, code_points
 from quill.errors import UserError
 
+SplitIds = tuple[np.ndarray, np.ndarray]  # a piece of each split: ids for training, ids for validation
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -76,8 +78,8 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
     return Scan(tokenizer, length, digest.hexdigest(), ends[1] if len(sides) == 1 else None)
 
 
-def encode_splits(text: Texts, scan: Scan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read a text for the second time and yield its ids in pieces, (those for training, those for validation).
+def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
+    """Read a text for the second time and yield its ids in pieces.
 
     Raise a UserError if the text has changed since it was scanned.
     """

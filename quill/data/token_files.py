@@ -24,7 +24,7 @@ from tqdm import tqdm
 from quill.cli import did_you_mean, note
 from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
-from quill.data.encoding import encode_splits, scan_text
+from quill.data.encoding import SplitIds, encode_splits, scan_text
 from quill.data.texts import CHUNK, Texts, find_texts
 from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
 from quill.errors import UserError
@@ -103,7 +103,7 @@ def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, An
             reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise UserError(f"{path}: {reason}; --bins=FOLDER names nanoGPT's train.bin and val.bin") from None
 
-    def split_ids() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def split_ids() -> Iterator[SplitIds]:
         for path, ids in files.items():
             for start in tqdm(range(0, len(ids), CHUNK), desc=path.name, disable=None):
                 some = ids[start : start + CHUNK]
@@ -116,15 +116,10 @@ def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, An
 
 
 def write_dataset(
-    out: Path,
-    tokenizer: Tokenizer,
-    split_ids: Iterable[tuple[np.ndarray, np.ndarray]],
-    name: str,
-    sha256: Callable[[], str],
+    out: Path, tokenizer: Tokenizer, split_ids: Iterable[SplitIds], name: str, sha256: Callable[[], str]
 ) -> dict[str, Any]:
     """Write a dataset's three files, whole or not at all. Returns the values of meta.json.
 
-    split_ids: pieces of the splits, (ids for training, ids for validation).
     name, sha256: the source in meta.json. sha256() is called when all ids are written.
     """
     dtype = dtype_of(tokenizer)
