@@ -60,11 +60,9 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
 
 
 def load(path: Path | str) -> dict[str, Any]:
-    """Load the checkpoint at `path`, quill's or nanoGPT's. → a dict with the keys above, tensors on the CPU
+    """Load a file of quill's or nanoGPT's, or a Hugging Face folder with weights of GPT-2's family.
 
-    path: a file, or a Hugging Face folder with weights of GPT-2's family.
-
-    Raise a UserError if it is damaged, is no checkpoint, or has a newer format.
+    → a dict with the keys above, tensors on the CPU. Raise a UserError if it is damaged or has a newer format.
     """
     path = Path(path)
     state = {"format": FORMAT, **read_folder(path)} if (path / "config.json").is_file() else _read(path)
@@ -146,7 +144,6 @@ def resolve_start(
     """Combine the config file, the flags and a checkpoint.
 
     → the config, all flags that this run was ever given, and the checkpoint to start from or None
-
     folder: the run's folder, which is locked if the run trains. Raise a UserError if an option contradicts the
     checkpoint, or if the folder has another run.
     """

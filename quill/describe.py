@@ -23,10 +23,7 @@ from quill.options import TrainConfig
 
 
 def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Batches | None = None) -> str:
-    """Return lines with the modules' shapes and parameters, FLOPs, memory, and the steps in an epoch.
-
-    batches: those of the training split; None without a dataset.
-    """
+    """Return lines with the modules' shapes, FLOPs, memory and, if there are `batches` to train on, their epochs."""
     with torch.device("meta"):  # shapes without memory, so that a model of any size can be described
         model = GPT(config, vocab_size)
     rows, epoch_lines, epochs = config.batch_size * config.gradient_accumulation_steps, [], ""

@@ -126,11 +126,7 @@ def totals(losses: list[float], text: str) -> dict[str, float]:
 
 
 def readable(text: str) -> list[str]:
-    """Make every character of `text` visible: a list with a string for each.
-
-    A space is ␣. Control characters, combining marks and bytes that are not UTF-8 (decoded with "surrogateescape")
-    are escaped.
-    """
+    """Return a visible string for each character of `text`, and for each byte decoded with "surrogateescape"."""
     cells = []
     for char in text:
         if "\udc80" <= char <= "\udcff":

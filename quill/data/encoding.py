@@ -79,10 +79,7 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
 
 
 def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
-    """Read a text for the second time and yield its ids in pieces.
-
-    Raise a UserError if the text has changed since it was scanned.
-    """
+    """Read a text for the second time and yield its ids in pieces. Raise a UserError if it has changed."""
     digest, train_left, tokenizer = hashlib.sha256(), scan.length * 9 // 10, scan.tokenizer
     pieces = text.pieces(digest)
     if text.is_documents:

@@ -33,6 +33,8 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
             f"--batch_size={config.batch_size} × --gradient_accumulation_steps={config.gradient_accumulation_steps} "
             f"is not divisible by the {group.world_size} processes"
         )
+    settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
+    settings |= {"device": machine.device, "data_order": data_order, "rank": group.rank, "world_size": group.world_size}
     bos, batches = dataset.tokenizer.bos, []
     for name, tokens in (("train", dataset.train), ("val", dataset.val)):
         if bos is None and len(tokens) <= config.block_size:
@@ -40,9 +42,6 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
                 f"the {name} split of {config.dataset} has {len(tokens)} tokens, too few for "
                 f"--block_size={config.block_size}: use a smaller one or a longer text"
             )
-        settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
-        settings |= {"device": machine.device, "rank": group.rank, "world_size": group.world_size}
-        settings["data_order"] = data_order
         batches.append(Batches(tokens, bos, config.block_size, **settings))
     return Splits(dataset, *batches)
 

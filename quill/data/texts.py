@@ -133,10 +133,11 @@ def paragraphs(lines: Iterable[list[str]], path: Path) -> Iterator[list[str]]:
 
 def json_fields(lines: Iterable[list[str]], path: Path, field: str) -> Iterator[list[str]]:
     """Yield the text in `field` of the JSON object on each line, a list at a time. Blank lines are left out."""
-    count = 0
+    number = 0
     for some in lines:
         documents = []
-        for number, line in enumerate(some, count + 1):
+        for line in some:
+            number += 1
             try:
                 if line.strip():
                     documents.append(json.loads(line)[field])
@@ -144,5 +145,4 @@ def json_fields(lines: Iterable[list[str]], path: Path, field: str) -> Iterator[
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
                 problem = f"not a JSON object with a text in {field!r}; see --documents"
                 raise UserError(f"{path}, line {number}: {problem}") from None
-        count += len(some)
         yield documents

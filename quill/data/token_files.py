@@ -3,8 +3,7 @@
 The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothing else, so other tools can read them.
 meta.json describes them and holds their SHA-256. The same text always gives the same bytes.
 
-How a text is read is left to texts.py, how it is split and encoded to encoding.py, where the known corpora are found to
-corpora.py.
+Reading a text is left to texts.py, splitting and encoding it to encoding.py, the known corpora to corpora.py.
 """
 
 from __future__ import annotations
@@ -78,7 +77,6 @@ def prepare(
 
     source, tokenizer, documents, vocab_size: as the options of PrepareConfig; source is its `input`.
     name: the name of the source in meta.json; by default its file names.
-
     Raise a UserError if `source` can't be read, is not UTF-8, is too short, or changes while it is read.
     """
     known = None if tokenizer in KINDS else make(read_tokenizer(tokenizer), documents != "none", documents == "lines")

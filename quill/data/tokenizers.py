@@ -77,10 +77,7 @@ class Tokenizer:
         return lambda ids, final=False: utf8.decode(b"".join(self.tokens[i] for i in ids), final)
 
     def prompt(self, text: str) -> np.ndarray:
-        """Encode `text` as a prompt: the ids (T,), T ≥ 1, that generation continues.
-
-        Documents start with BOS. For a stream, an empty prompt is a newline.
-        """
+        """Encode `text` as a prompt (T,), T ≥ 1. A document starts with BOS, an empty stream with a newline."""
         if self.is_documents:
             return self.encode_documents([text])
         return self.encode(text or self.newline)
