@@ -36,7 +36,12 @@ LAYERS = [
     {"quill/interop.py": "torch (safetensors)"},
     {"quill/checkpoint.py": "torch", "quill/run_folder.py": "", "quill/schema.py": "torch"},
     {"quill/state.py": "torch"},
-    {"quill/observers/": "torch tqdm (tensorboard)", "quill/scoring.py": "numpy torch", "quill/describe.py": "torch"},
+    {
+        "quill/observers/": "torch tqdm (tensorboard)",
+        "quill/scoring.py": "numpy torch",
+        "quill/describe.py": "torch",
+        "quill/trace.py": "torch",
+    },
     {"quill/play/": "starlette uvicorn"},
     {
         "train.py": "torch",

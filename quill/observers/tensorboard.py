@@ -6,12 +6,11 @@
 It changes no gradient, random number or weight of the training. The package `tensorboard` is imported only when a
 TensorBoard is created, so that a run without it does not need the package.
 
-Shapes: T tokens in a sequence, C = n_embd, H = n_head, V = vocab_size.
+Shapes: T tokens in a sequence.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,12 +20,11 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
 from quill.data.batches import Batches
 from quill.errors import UserError
-from quill.generation import eval_mode
 from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.state import TrainState
+from quill.trace import attention_maps
 
 LONGEST_TEXT = 64  # tokens whose attention is drawn
 MOST_TOKENS = 1024  # tokens whose embeddings are drawn
@@ -135,36 +133,6 @@ class TensorBoard(Observer):
     def _add_summary(writer, summary, step):
         """Add a summary that SummaryWriter has no method for."""
         writer.file_writer.add_summary(summary, step)
-
-
-@torch.no_grad()
-def attention_maps(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
-    """Return each layer's attention weights on `idx` (1, T), in float32. → [(H, T, T)], rows are queries"""
-    maps = []
-
-    def keep(layer, args):
-        x, rotary, _ = args
-        q, k, _ = layer.qkv(x, rotary)
-        maps.append(attention_weights(q, k)[0])
-
-    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.transformer.h]
-    try:
-        with eval_mode(model):
-            model.final_hidden(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return maps
-
-
-def attention_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Compute softmax(q kᵀ / √D + causal mask), which `attend` uses but does not return. TensorBoard shows it.
-
-    `q`, `k` (B, H, T, D) → (B, H, T, T); each row has a query's weights for the keys up to its own position.
-    """
-    scores = q @ k.mT / math.sqrt(q.size(-1))
-    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
 # ---------------------------------------------------------------- images, text
