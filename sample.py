@@ -4,10 +4,13 @@
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt --max_new_tokens=1000
     python sample.py --ckpt=out/names/last.pt --temperature=0.5 --top_p=0.9    # nanoGPT's ckpt.pt works too
     python sample.py --out_dir=out/names --score=anna
+    python sample.py --out_dir=out/names --trace=ann --layer=0 --head=0
 
 --score prints a row for each token of a text: what the model expected, and the token's loss. The totals follow. A model
 of documents scores each line and its end, or all of the text where newlines do not end a document. Any other model
 scores the text as if it followed a newline.
+
+--trace prints the numbers behind the first token that --start draws. --layer and --head add a head's attention.
 """
 
 if __name__ == "__main__":
@@ -28,32 +31,34 @@ from quill.data.batches import derive_seed
 from quill.data.token_files import open_dataset
 from quill.data.tokenizers import Tokenizer, from_json
 from quill.errors import UserError
-from quill.generation import stream_tokens
+from quill.generation import COLDEST, stream_tokens
 from quill.machine import Machine, memory_limits, pick_machine
 from quill.options import SampleConfig
+from quill.trace import attention_steps, trace, trace_lines
 
-# Options that --score does not take.
-SAMPLING_OPTIONS = ("start", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")
-LONGEST_TEXT = 2**26  # bytes of a file in --start or --score
-COLDEST = 1e-6  # lowest temperature of --score: below it, logits / temperature may be too large for float32
+ONLY_WITH = {"json": "score", "layer": "trace", "head": "trace"}  # options of one task only
+WITHOUT = {"score": ("start", "trace", "num_samples", "max_new_tokens", "top_k", "top_p", "seed")}  # not taken
+WITHOUT |= {"trace": ("start", "max_new_tokens"), "start": ()}
+LONGEST_TEXT = 2**26  # bytes of a file in --start, --score or --trace
 
 
-def read_options(argv: list[str]) -> tuple[SampleConfig, bool]:
-    """Read a command line into options, and whether it asks for a score. Raise a UserError for a mistake in it."""
+def read_options(argv: list[str]) -> tuple[SampleConfig, str]:
+    """Read a command line into options, and the name of the one with the text. Raise a UserError for a mistake."""
     positional, flags = read_args(argv, SampleConfig, __doc__)
     if positional:
         raise UserError(f"{positional[0]}: options are written --key=value (see --help)")
-    if "score" not in flags:
-        if flags.get("json"):
-            raise UserError("--json is for a score; give --score=TEXT too")
-        return SampleConfig(**flags), False
-    if drawing := [f"--{key}" for key in SAMPLING_OPTIONS if key in flags]:
-        raise UserError(f"--score and {', '.join(drawing)} don't go together: a score draws no text")
-    defaults: dict[str, Any] = {"temperature": 1.0}  # the losses are then those of training
+    key = "score" if "score" in flags else "trace" if "trace" in flags else "start"
+    for other, needed in ONLY_WITH.items():
+        if flags.get(other, False) is not False and needed != key:
+            raise UserError(f"--{other} is for a {needed}; give --{needed}=TEXT too")
+    if wrong := [f"--{other}" for other in WITHOUT[key] if other in flags]:
+        draws = "no text" if key == "score" else "one token, after its own text"
+        raise UserError(f"--{key} and {', '.join(wrong)} don't go together: a {key} draws {draws}")
+    defaults: dict[str, Any] = {"temperature": 1.0} if key == "score" else {}  # the losses are then those of training
     config = SampleConfig(**(defaults | flags))
-    if config.temperature < COLDEST:
-        raise UserError(f"--temperature={config.temperature}: must be at least {COLDEST} with --score")
-    return config, True
+    if key != "start" and config.temperature < COLDEST:
+        raise UserError(f"--temperature={config.temperature}: must be at least {COLDEST} with --{key}")
+    return config, key
 
 
 def find_checkpoint(config: SampleConfig) -> Path:
@@ -109,8 +114,8 @@ def as_given(key: str, value: str) -> str:
     return f"--{key}={value if len(value) <= 80 or value.startswith('FILE:') else value[:79] + '…'}"
 
 
-def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path: Path) -> tuple[np.ndarray, str]:
-    """Read the text of --score or --start and encode it.
+def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path) -> tuple[np.ndarray, str]:
+    """Read the text of the option `key` and encode it.
 
     Returns:
         The ids (T,) and the text. With --score, they are those that quill/scoring.py scores.
@@ -118,8 +123,7 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, is_score: bool, path
     Raises:
         UserError: there is nothing to score, or the vocabulary of the checkpoint `path` lacks a character.
     """
-    key = "score" if is_score else "start"
-    value = getattr(config, key)
+    value, is_score = getattr(config, key), key == "score"
     text, given = read_text(key, value), as_given(key, value)
     if is_score and not scoring.split_documents(text, tokenizer):
         raise UserError(f"{given}: there is no text to score")
@@ -179,6 +183,22 @@ def print_score(
         print(line)
 
 
+def print_trace(model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine) -> None:
+    """Print how `sample` draws its first token; with --layer or --head, the attention of a head too."""
+    generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
+    idx = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device).repeat(config.num_samples, 1)
+    steps, layer, head, shape = {}, config.layer or 0, config.head or 0, model.config
+    if (config.layer, config.head) != (None, None):
+        if layer >= shape.n_layer or head >= shape.n_head:
+            raise UserError(
+                f"--layer={layer} --head={head}: the model has {shape.n_layer} layers, {shape.n_head} heads"
+            )
+        layers = attention_steps(model, idx[:1, -shape.block_size :])
+        steps = {name: heads[head] for name, heads in layers[layer].items()}
+    path = trace(model, idx, generator, config.temperature, config.top_k, config.top_p)
+    print(*trace_lines(path, steps, tokenizer, config.temperature), sep="\n")
+
+
 def write_at_once(text: str) -> None:
     """Write `text` to stdout without waiting for the end of the line."""
     sys.stdout.write(text)
@@ -186,18 +206,20 @@ def write_at_once(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Write samples of the model that `argv` names, or the score of a text."""
-    config, is_score = read_options(argv)
+    """Write samples of the model that `argv` names, the score of a text, or the trace of a token."""
+    config, key = read_options(argv)
     path = find_checkpoint(config)
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
-    ids, text = encode_text(tokenizer, config, is_score, path)
+    ids, text = encode_text(tokenizer, config, key, path)
     machine = pick_machine(config)
     with memory_limits(machine):
         # The weights themselves are converted to machine.dtype: most of the time per token goes into reading them.
         model = cpu.speed_up(checkpoint.load_model(state).to(machine.device, machine.dtype))
-        if is_score:
+        if key == "score":
             print_score(model, tokenizer, ids, text, config, machine)
+        elif key == "trace":
+            print_trace(model, tokenizer, text, config, machine)
         else:
             sample(model, tokenizer, text, config, machine, write_at_once)
 

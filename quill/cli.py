@@ -88,6 +88,12 @@ def note(text: str, every_rank: bool = False) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
+def highlight(text: str) -> str:
+    """Return `text` in colour if stdout is a terminal that has colours, unless NO_COLOR is set (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return text if plain else f"\033[1;36m{text}\033[0m"
+
+
 def drop_output() -> None:
     """Discard everything that is written to stdout from now on, and what it has not written yet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,6 +25,8 @@ from quill.errors import UserError
 from quill.machine import Machine
 from quill.options import TrainConfig
 
+COLDEST = 1e-6  # a temperature below this takes the likeliest token: logits / temperature may overflow float32
+
 
 class KVCache:
     """The keys and values of each layer, at most block_size of them. `stream_tokens` replaces it when it is full."""
@@ -53,20 +55,25 @@ class LayerCache:
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
 
-def sample_token(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Draw one token for each row of `logits` (B, V). → (B,) int64. Below a temperature of 1e-6, take the likeliest.
+def sample_token(logits: torch.Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> torch.Tensor:
+    """Draw one token for each row of `logits` (B, V), with its `probabilities`. → (B,) int64"""
+    if temperature < COLDEST:
+        return logits.argmax(dim=-1)
+    try:
+        return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator).squeeze(1)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        reason = "its weights may be damaged; or try --dtype=float32"
+        raise UserError(f"the model's logits are not finite: {reason}") from None
+
+
+def probabilities(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """Return softmax(logits / temperature), with 0 for the tokens that are not kept. (B, V) → (B, V) float32
 
     top_k: keep the k likeliest tokens. top_p: keep the fewest of the likeliest tokens whose probabilities sum up to
-    top_p or more (nucleus sampling, Holtzman et al. 2019).
+    top_p or more (nucleus sampling, Holtzman et al. 2019); the sum is then not 1.
     """
-    if temperature < 1e-6:  # logits / temperature could be too large for float32
-        return logits.argmax(dim=-1)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the likeliest is 0 at any temperature
     if top_k is not None and top_k < logits.size(-1):
@@ -80,14 +87,7 @@ def sample_token(
         drop[:, 0] = False
         ranked = ranked.masked_fill(drop, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    try:
-        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise UserError(
-            "the model's logits are not finite: its weights may be damaged; or try --dtype=float32"
-        ) from None
+    return probs
 
 
 @contextmanager

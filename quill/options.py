@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from quill.errors import UserError
 
-TEXTS = ("start", "score")  # options that are any text, and not a name or a path
+TEXTS = ("start", "score", "trace", "show")  # options that are any text, and not a name or a path
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -225,6 +225,9 @@ class SampleConfig(SystemConfig, heading="Sampling"):
     )
     seed: int = option(1337, "the same seed gives the same text", at_least=0)
     score: str = option("", "a text, or FILE:text.txt: show how likely each of its tokens is, without sampling")
+    trace: str = option("", "a text, or FILE:text.txt: show how the first token after it is drawn, with all numbers")
+    layer: int | None = option(None, "with --trace: show the attention of a head in this layer, from 0", at_least=0)
+    head: int | None = option(None, "with --trace: show the attention of this head, from 0", at_least=0)
     json: bool = option(False, "with --score: print a JSON object instead of the table")
 
 
@@ -243,6 +246,7 @@ class PrepareConfig(Checked, heading="Preparing a text"):
         4096, "with --tokenizer=bpe: number of ids, with <|endoftext|>, if the text is long", at_least=257, below=2**20
     )
     bins: str = option("", "instead of --input: a folder with nanoGPT's train.bin and val.bin, for --tokenizer=PATH")
+    show: str = option("", "a text: show its ids and the examples it makes, with the dataset's tokenizer")
 
     def _check_group(self) -> None:
         kind, _, field_name = self.documents.partition(":")

@@ -8,6 +8,7 @@ import train
 from quill import checkpoint, cpu
 from quill.data import token_files
 from quill.errors import UserError
+from quill.trace import attention_steps
 
 
 @pytest.fixture(scope="session")
@@ -151,3 +152,52 @@ def test_a_cpu_samples_with_the_faster_layers(runs, capsys, monkeypatch):
     monkeypatch.setattr(sample, "sample", lambda model, *args: seen.append(model) or draw(model, *args))
     write(capsys, runs, "prose", "--max_new_tokens=2")
     assert type(seen[0].lm_head) is cpu.Linear
+
+
+@pytest.mark.parametrize("name, prompt", [("prose", "the "), ("prose", ""), ("prose", "the " * 40), ("words", "sh")])
+def test_a_trace_is_of_the_token_that_sampling_draws_first(runs, capsys, name, prompt):
+    """With the same options, the token that --trace names is the first character after the prompt of --start."""
+    seen = set()
+    for flags in (["--top_k=3", "--num_samples=2"], *([f"--seed={seed}"] for seed in range(8))):
+        text = write(capsys, runs, name, f"--start={prompt}", "--max_new_tokens=1", *flags)[len(prompt) :]
+        lines = write(capsys, runs, name, f"--trace={prompt}", *flags).splitlines()
+        token = lines[-1].partition(" is drawn: ")[0]
+        assert {"<end>": "\n", "␣": " "}.get(token, token) == text[0]
+        seen.add(token)
+    assert len(seen) > 1
+
+
+def test_a_trace_shows_the_attention_of_one_head(runs, capsys):
+    state = checkpoint.load(runs / "words" / "best.pt")
+    tokenizer = sample.find_tokenizer(state, None, "")
+    layers = attention_steps(checkpoint.load_model(state), torch.from_numpy(tokenizer.prompt("she"))[None])
+    for flags, layer, head in ((["--layer=1", "--head=1"], 1, 1), (["--head=1"], 0, 1), (["--layer=1"], 1, 0)):
+        out = write(capsys, runs, "words", "--trace=she", *flags)
+        table = out.partition("softmax: ")[2].splitlines()[2:6]
+        numbers = torch.tensor([[float(word) for word in line.split()[1:]] for line in table])
+        torch.testing.assert_close(numbers, layers[layer]["softmax"][head], atol=6e-4, rtol=0)
+    assert "Attention" not in write(capsys, runs, "words", "--trace=she")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--trace=Z"], "--trace=Z: 'Z' (1 character that is not in the vocabulary)"),
+        (["--trace=the", "--layer=2"], "--layer=2 --head=0: the model has 2 layers, 2 heads"),
+        (["--trace=the", "--head=9"], "--layer=0 --head=9: the model has 2 layers"),
+        (["--trace=the", "--layer=-1"], "--layer=-1: must be at least 0"),
+        (["--layer=0"], "--layer is for a trace; give --trace=TEXT too"),
+        (["--score=the", "--head=0"], "--head is for a trace"),
+        (["--trace=the", "--json"], "--json is for a score"),
+        (["--trace=the", "--score=the"], "--score and --trace don't go together"),
+        (["--trace=the", "--temperature=0"], "--temperature=0.0: must be at least 1e-06 with --trace"),
+        (["--trace=the", "--start=a"], "--trace and --start don't go together"),
+        (["--trace"], "--trace: write --trace=VALUE"),
+        (["--trace=FILE:nowhere.txt"], "--trace=FILE:nowhere.txt: No such file"),
+    ],
+)
+def test_mistakes_in_a_trace(runs, capsys, flags, words):
+    with pytest.raises(UserError) as error:
+        write(capsys, runs, "prose", *flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""

@@ -24,7 +24,7 @@ from quill.data.batches import Batches
 from quill.errors import UserError
 from quill.observers.observer import Evaluation, LogEntry, Observer
 from quill.state import TrainState
-from quill.trace import attention_maps
+from quill.trace import attention_steps
 
 LONGEST_TEXT = 64  # tokens whose attention is drawn
 MOST_TOKENS = 1024  # tokens whose embeddings are drawn
@@ -110,8 +110,8 @@ class TensorBoard(Observer):
             embedding = self.model.transformer.wte.weight.detach()[:MOST_TOKENS].cpu()
             writer.add_image("token_embedding", signed_colors(embedding), step)
             writer.add_text("self_attention", as_code(self.text), step)
-            for layer, maps in enumerate(attention_maps(self.model, self.idx)):
-                for head, weights in enumerate(maps.cpu()):
+            for layer, steps in enumerate(attention_steps(self.model, self.idx)):
+                for head, weights in enumerate(steps["softmax"].cpu()):
                     # √, because most weights are near 1/T and would look black next to the first token's, which is 1.
                     writer.add_image(f"self_attention/layer_{layer}_head_{head}", enlarged(weights.sqrt()[None]), step)
             writer.flush()
