@@ -6,6 +6,7 @@
     python prepare.py --input=my.txt --dataset=mine --tokenizer=byte    # tokens are bytes, not characters
     python prepare.py --input=my.txt --dataset=mine --tokenizer=bpe     # tokens are pieces of words, found in the text
     python prepare.py --bins=FOLDER --dataset=owt --tokenizer=PATH      # train.bin and val.bin of nanoGPT's
+    python prepare.py shakespeare_char --show="First Citizen"           # the ids of a text, and its examples
 
 A known corpus is read from --input, the folder $QUILL_CORPORA or an earlier download. Otherwise it is downloaded.
 """
@@ -36,8 +37,11 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     config = PrepareConfig(**flags)
     if len(names) > 1:
         raise UserError(f"give one corpus, not {len(names)}: {' '.join(names)}")
+    if "show" in flags and (not config.show or flags.keys() - {"show", "dataset", "data_dir"}):
+        raise UserError("--show=TEXT reads a dataset that is prepared; it goes with --dataset and --data_dir only")
     if not names:
-        check_own_text(config)
+        if not config.show:
+            check_own_text(config)
         return config, None
     corpus = known_corpus(names[0])
     fixed = {
@@ -88,11 +92,15 @@ def check_own_text(config: PrepareConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Prepare the text that `argv` names, and say what was written."""
+    """Prepare the text that `argv` names and say what was written, or show what a text becomes in a dataset."""
     config, corpus = read_options(argv)
     from quill.data import token_files  # imports numpy, which --help does not need
+    from quill.data.show import show
 
     folder = Path(config.data_dir) / (corpus.name if corpus else config.dataset)
+    if config.show:
+        print(*show(corpus.name if corpus else config.dataset, config.data_dir, config.show), sep="\n")
+        return
     if corpus:
         meta = token_files.prepare_corpus(corpus, config.data_dir, config.input)
     elif config.bins:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ALICE, needs_corpora
 
 import prepare as script
+from quill.cli import highlight
 from quill.errors import UserError
 
 REPO = Path(script.__file__).parent
@@ -169,3 +171,62 @@ def test_a_large_file_takes_little_memory_and_time(tmp_path, kind, documents):
     kib, seconds = map(float, result.stdout.split())
     assert kib * 1024 < 300e6  # whatever the file's length
     assert source.stat().st_size / seconds > 20e6
+
+
+def test_show_by_hand(write, tmp_path, capsys):
+    """Ids are ranks, so of "abba c" the space is 0 and a is 1. Documents have BOS at both ends."""
+    folder = [f"--data_dir={tmp_path}"]
+    script.main([f"--input={write('abba c' * 9)}", "--dataset=prose", *folder])
+    script.main([f"--input={write('anna' + chr(10) + 'bob', 'n.txt')}", "--dataset=two", "--documents=lines", *folder])
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    script.main(["--dataset=prose", "--show=ab c", *folder])
+    assert capsys.readouterr().out.splitlines() == [
+        "x  a b ␣",
+        "   1 2 0",
+        "y  b ␣ c",
+        "   2 0 3",
+        "The 3 examples in this window: what the model sees → what it is to predict",
+        " 0  a → b",
+        " 1  a b → ␣",
+        " 2  a b ␣ → c",
+    ]
+    script.main(["--dataset=two", "--show=bob", *folder])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["4", "1", "3", "1"] and lines[3].split() == ["1", "3", "1", "4"]
+    assert lines[-1] == " 3  BOS b o b → BOS"
+    script.main(["--dataset=prose", "--show=" + "abba c" * 9, *folder])
+    assert "The 16 examples" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    "args, reason",
+    [
+        (["--show=x"], "--dataset=: there is no"),
+        (["names", "--show="], "--show=TEXT reads a dataset that is prepared"),
+        (["names", "--show=Z"], "'Z' .*not in the vocabulary"),
+        (["names", "--show=a\nb"], "--show=a\nb: give one document"),
+        (["byte", "--show=x"], "byte is not a known corpus"),
+        (["--dataset=nothing", "--show=x"], "there is no .*nothing/meta.json"),
+        (["names", "--show=x", "--tokenizer=char", "--input=f"], "goes with --dataset and --data_dir only"),
+        (["xyzzy", "--show=x"], "xyzzy is not a known corpus"),
+    ],
+)
+def test_mistakes_in_show(tmp_path, args, reason):
+    with pytest.raises(UserError, match=reason):
+        script.main([*args, f"--data_dir={tmp_path}"])
+
+
+def test_colours_are_for_a_terminal(monkeypatch):
+    """NO_COLOR (no-color.org) and TERM=dumb turn them off."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert highlight("x") == "x"
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    assert highlight("x") == "\033[1;36mx\033[0m"
+    monkeypatch.setenv("TERM", "dumb")
+    assert highlight("x") == "x"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert highlight("x") == "x"
