@@ -5,15 +5,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.measure import ROOT, Line, as_flags, machine_options, process, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
+from quill.data.token_files import open_dataset, prepare_if_missing
 from quill.files import replacing
 from quill.options import BenchConfig, TrainConfig
 
-ROW, LEFT, WIDTH = 34, 190, 640  # pixels: a rung's height, where the scale begins, the picture's width
+ROW, LEFT, WIDTH = 38, 190, 720  # pixels: a rung's height, where the scale begins, the picture's width
 STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
-TITLE = "loss over the whole validation split, nats a character"
+TITLE = "validation loss, nats a character; a dot is the mean of the runs, a bar their range"
 
 
 def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
@@ -24,7 +27,7 @@ def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list
     """
     for path in paths:
         read_config_file(path, TrainConfig)  # so that a mistake is reported before the first run
-    lines = []
+    lines = counts(config, given.get("dataset", "shakespeare_char"))
     for path in [Path(path) for path in paths] or sorted((ROOT / "config" / "ladder").glob("*.py")):
         lines.append(line := train_rung(path, given, config))
         print(
@@ -37,6 +40,23 @@ def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list
     folder = ROOT / "docs" if as_shipped else Path(config.out_dir)
     with replacing(folder / "ladder.svg") as (file,):
         file.write(draw(lines).encode())
+    return lines
+
+
+def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> list[Line]:
+    """Print the losses of a die, of counted tokens and of counted pairs; each count starts at 1. → a line for each"""
+    prepare_if_missing(dataset, config.data_dir)
+    data = open_dataset(config.data_dir, dataset)
+    V, train, val = data.tokenizer.vocab_size, data.train.astype(int), data.val.astype(int)
+    singles = np.bincount(train, minlength=V) + 1
+    pairs = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1
+    unigram, bigram = singles / singles.sum(), pairs / pairs.sum(axis=1, keepdims=True)
+    models = (("die", 0, np.full(len(val) - 1, 1 / V)), ("unigram", V, unigram[val[1:]]))
+    lines = []
+    for name, n, probs in (*models, ("pairs", V * V, bigram[val[:-1], val[1:]])):
+        loss = -float(np.log(probs).mean())
+        print(f"{name:12} {n:9,} parameters  val loss {loss:.3f}")
+        lines.append({"rung": name, "parameters": n, "val_loss": loss, "seconds": 0, "runs": [{"val_loss": loss}]})
     return lines
 
 
@@ -64,27 +84,29 @@ def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
 
 
 def draw(lines: list[Line]) -> str:
-    """Draw the rungs as SVG: for each its name, a dot at its mean loss, and a bar over the range of its seeds."""
+    """Draw models as SVG: for each its name, a dot at its mean loss, and a bar over the range of its seeds."""
     losses = [run["val_loss"] for line in lines for run in line["runs"]]
-    low, high = int(min(losses) * 10) / 10, int(max(losses) * 10 + 1) / 10
+    low, high = int(min(losses) * 2) / 2, int(max(losses) * 2 + 1) / 2
 
     def x(loss):
         return round(LEFT + (loss - low) / (high - low) * (WIDTH - LEFT - 70), 1)
 
     height = ROW * (len(lines) + 2)
     parts = []
-    for i in range(round((high - low) * 10) + 1):
-        at, label = x(low + i / 10), f"{low + i / 10:.1f}"
+    for i in range(round((high - low) * 2) + 1):
+        at, label = x(low + i / 2), f"{low + i / 2:.1f}"
         parts.append(f'<path d="M{at} {ROW - 8}V{height - ROW}" stroke="#8884"/>')
         parts.append(f'<text x="{at}" y="{height - ROW + 18}" text-anchor="middle" class="small">{label}</text>')
     for i, line in enumerate(lines):
         y, own = ROW * (i + 1) + 10, [run["val_loss"] for run in line["runs"]]
-        parts.append(f'<text x="12" y="{y + 5}">{escape(line["rung"].replace("_", " "))}</text>')
+        size = f"{line['parameters']:,} parameters, {line['seconds']:.0f} s"
+        parts.append(f'<text x="12" y="{y}">{escape(line["rung"].replace("_", " "))}</text>')
+        parts.append(f'<text x="12" y="{y + 15}" class="small">{size}</text>')
         parts.append(f'<path d="M{x(min(own))} {y}H{x(max(own))}" stroke="#c73" stroke-width="5"/>')
         parts.append(f'<circle cx="{x(line["val_loss"])}" cy="{y}" r="5" fill="#36c"/>')
         parts.append(f'<text x="{x(line["val_loss"]) + 12}" y="{y + 5}">{line["val_loss"]:.3f}</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">\n'
         f"<title>The ladder: {TITLE}</title>\n<style>{STYLE}</style>\n"
-        f'<text x="{LEFT}" y="16" class="small">{TITLE}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<text x="12" y="16" class="small">{TITLE}</text>\n' + "\n".join(parts) + "\n</svg>\n"
     )

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import statistics
 import subprocess
 import xml.etree.ElementTree
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import needs_corpora
 
 import prepare
 import sample
@@ -20,10 +22,11 @@ from bench import __main__ as bench
 from bench import measure, peers
 from bench import threads as threads_bench
 from bench.compare import paired_difference, t_quantile, verdict
-from bench.ladder import draw
+from bench.ladder import counts, draw
 from bench.programs import generate as generate_program
 from bench.programs import replay_nanogpt
 from quill.cli import read_config_file
+from quill.data import token_files
 from quill.errors import UserError
 from quill.optimizer import learning_rate
 from quill.options import BenchConfig, TrainConfig
@@ -131,7 +134,7 @@ def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys)
     readme_picture = RUNGS[0].parents[2] / "docs" / "ladder.svg"
     before = readme_picture.stat().st_mtime_ns
     bench.main(["ladder", str(RUNGS[0]), "--seeds=2", data_dir, f"--out_dir={tmp_path}", *keep])
-    (bigram,) = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))["results"]
+    *_, bigram = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))["results"]
     meta = json.loads((Path(data_dir.partition("=")[2]) / "prose" / "meta.json").read_text(encoding="utf-8"))
     assert bigram["rung"] == "0_bigram" and bigram["parameters"] == 2 * 16 * len(meta["tokenizer"]["chars"])
     losses = [run["val_loss"] for run in bigram["runs"]]
@@ -144,7 +147,13 @@ def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys)
 def test_ladder_picture_is_to_scale():
     """Equal differences in loss are equal distances in the picture, and a wider range of seeds is a longer bar."""
     lines = [
-        {"rung": f"{i}_<x>", "val_loss": loss, "runs": [{"val_loss": loss - i / 50}, {"val_loss": loss + i / 50}]}
+        {
+            "rung": f"{i}_<x>",
+            "val_loss": loss,
+            "parameters": 7,
+            "seconds": 3,
+            "runs": [{"val_loss": loss - i / 50}, {"val_loss": loss + i / 50}],
+        }
         for i, loss in enumerate((2.5, 2.0, 1.5))
     ]
     picture = xml.etree.ElementTree.fromstring(draw(lines))
@@ -154,6 +163,33 @@ def test_ladder_picture_is_to_scale():
     lengths = [float(d.split("H")[1]) - float(d.split()[0][1:]) for d in bars]
     assert lengths[0] == 0 and lengths[2] == pytest.approx(2 * lengths[1], abs=0.3)
     assert max(dots) + 60 < float(picture.get("width"))
+
+
+def test_counts_by_hand(write, tmp_path, capsys):
+    """Of "aab…", 54 a, 27 b and the pairs aa 27, ab 27, ba 26 are in training; "aabaabaab" is the validation split."""
+    token_files.prepare(write("aab" * 30), tmp_path / "aab")
+    lines = counts(BenchConfig(data_dir=str(tmp_path)), "aab")
+    unigram = -(5 * math.log(55 / 83) + 3 * math.log(28 / 83)) / 8
+    pairs = -(6 * math.log(28 / 56) + 2 * math.log(27 / 28)) / 8
+    assert [line["val_loss"] for line in lines] == pytest.approx([math.log(2), unigram, pairs], abs=1e-12)
+    assert [line["parameters"] for line in lines] == [0, 2, 4]
+    assert capsys.readouterr().out.count("val loss") == 3
+
+
+@needs_corpora
+def test_the_tours_counts(tmp_path):
+    """The figures of docs/tour.md and of its picture, and the picture's dots are where the losses say."""
+    lines = counts(BenchConfig(data_dir=str(tmp_path)))
+    assert [f"{line['val_loss']:.3f}" for line in lines] == ["4.174", "3.347", "2.482"]
+    tour = (measure.ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    losses = re.findall(r"^Loss \*\*(\d\.\d{3})\*\*", tour, flags=re.MULTILINE)
+    assert losses[:3] == ["4.174", "3.347", "2.482"] and len(losses) == 12
+    picture = xml.etree.ElementTree.parse(measure.ROOT / "docs" / "ladder.svg").getroot()
+    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in texts if re.fullmatch(r"\d\.\d{3}", text)] == losses
+    dots = [float(dot.get("cx")) for dot in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    scale = (dots[0] - dots[3]) / (4.174 - 2.483)
+    assert dots == pytest.approx([dots[0] + scale * (float(loss) - 4.174) for loss in losses], abs=0.3)
 
 
 def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, in_process, tmp_path, capsys):
@@ -239,7 +275,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, replay, generate, start, prepare, threads, ladder, compare"),
+        ([], "give one of train, loss, replay, generate, start, prepare, threads, counts, ladder, compare"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
