@@ -1,6 +1,7 @@
 """A GPT in plain Python: the model, its gradients and its training, one number at a time.
 
-    python docs/scalar_gpt.py [FILE]       # FILE has one document a line; the default is data/names.txt
+    python docs/scalar_gpt.py                                       # names, 1,000 steps
+    python docs/scalar_gpt.py --text=my.txt --steps=200 --seed=1    # a text with one document a line
 
 The model is that of config/microgpt.py. Training it here takes about a minute.
 
@@ -8,9 +9,9 @@ Shapes are those of nested lists: T tokens, C = N_EMBD, D = C / N_HEAD, V = voca
 References: GPT-2 (Radford et al. 2019), RMSNorm (Zhang & Sennrich 2019), Adam (Kingma & Ba 2015).
 """
 
+import argparse
 import math
 import random
-import sys
 from pathlib import Path
 
 N_LAYER, N_HEAD, N_EMBD, BLOCK_SIZE = 1, 4, 16, 16
@@ -162,9 +163,9 @@ def cross_entropy(ids, weights):
     return sum((softmax(logits)[target].log() for logits, target in rows), Value(0.0)) / (1 - len(ids))
 
 
-def adam_step(parameters, m, v, step):
+def adam_step(parameters, m, v, step, steps=MAX_ITERS):
     """Update `parameters` (N,) from their grads. `m`, `v` (N,) are running means of grad and grad²."""
-    lr = LEARNING_RATE * (1 - step / MAX_ITERS)  # linear decay to 0; step counts from 0
+    lr = LEARNING_RATE * (1 - step / steps)  # linear decay to 0; step counts from 0
     for i, p in enumerate(parameters):
         m[i] = BETA1 * m[i] + (1 - BETA1) * p.grad
         v[i] = BETA2 * v[i] + (1 - BETA2) * p.grad**2
@@ -183,23 +184,28 @@ def sample(weights, tokenizer, rng, temperature=0.5):
     return "".join(tokenizer.chars[i] for i in ids if i != tokenizer.bos)
 
 
-def main(path):
-    documents = Path(path).read_text(encoding="utf-8").strip().split("\n")
-    tokenizer, rng = Tokenizer(documents), random.Random(1337)
+def main(text, steps, seed):
+    documents = text.read().strip().split("\n")
+    tokenizer, rng = Tokenizer(documents), random.Random(seed)
     rng.shuffle(documents)
     weights = init_weights(tokenizer.bos + 1, rng)
     parameters = [value for matrix in weights.values() for row in matrix for value in row]
     m, v, losses = [0.0] * len(parameters), [0.0] * len(parameters), []
     print(f"{len(parameters):,} parameters, {len(documents):,} documents")
-    for step in range(MAX_ITERS):
+    for step in range(steps):
         loss = cross_entropy(tokenizer.encode(documents[step % len(documents)]), weights)
         loss.backward()
-        adam_step(parameters, m, v, step)
-        losses.append(loss.data)
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1}: mean loss of 100 steps {sum(losses[-100:]) / 100:.4f}", flush=True)
+        adam_step(parameters, m, v, step, steps)
+        losses = [*losses[-99:], loss.data]  # of 100 steps
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(f"step {step + 1}: mean loss of {len(losses)} steps {sum(losses) / len(losses):.4f}", flush=True)
     print(*(sample(weights, tokenizer, rng) for _ in range(20)), sep="\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "data" / "names.txt")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    names = str(Path(__file__).parent.parent / "data" / "names.txt")
+    parser.add_argument("--text", type=argparse.FileType(encoding="utf-8", errors="replace"), default=names)
+    parser.add_argument("--steps", type=int, default=MAX_ITERS)
+    parser.add_argument("--seed", type=int, default=1337)
+    main(**vars(parser.parse_args()))

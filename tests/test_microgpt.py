@@ -4,6 +4,8 @@ import csv
 import math
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,16 +249,32 @@ def test_samples_follow_the_distribution(monkeypatch):
         assert texts.count(text) / 1000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 1000))
 
 
-def test_the_script_trains_and_samples(tmp_path, monkeypatch, capsys):
+def test_the_script_trains_and_samples(tmp_path, capsys):
     """A hundred steps on two names of 5 different tokens: log 5 = 1.61 is guessing, log 2 / 3 = 0.23 the least."""
     path = tmp_path / "names.txt"
     path.write_text("al\nbo\n", encoding="utf-8")
-    monkeypatch.setattr(scalar_gpt, "MAX_ITERS", 100)
-    scalar_gpt.main(path)
+    with open(path, encoding="utf-8") as text:
+        scalar_gpt.main(text, steps=100, seed=1337)
     size, progress, *samples = capsys.readouterr().out.splitlines()
     assert size == f"{4192 - 2 * 22 * 16:,} parameters, 2 documents"
     assert float(progress.split()[-1]) < 0.5
     assert len(samples) == 20 and set(samples) == {"al", "bo"}
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (["--steps=2", "--seed=1"], 0, "step 2: mean loss of 2 steps"),
+        (["--steps=few"], 2, "--steps: invalid int value: 'few'"),
+        (["--text=nowhere.txt"], 2, "--text: can't open 'nowhere.txt'"),
+    ],
+)
+def test_the_scripts_options(flags, code, words):
+    """A mistake is one line."""
+    argv = [sys.executable, scalar_gpt.__file__, *flags]
+    done = subprocess.run(argv, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert done.returncode == code and words in done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == (code != 0)
 
 
 # ---------------------------------------------------------------- the figures

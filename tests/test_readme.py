@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import scalar_gpt
 
 import export
 import prepare
@@ -23,7 +23,7 @@ from quill.cli import config_files, option_types, read_config_file
 from quill.options import BenchConfig, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1"]  # added at the end of a command: later flags win
+SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1", "--sample_tokens=8"]  # for the end: later flags win
 SCRIPTS = {"train.py": train, "sample.py": sample, "prepare.py": prepare, "export.py": export}
 SCHEMAS = {
     "train.py": TrainConfig,
@@ -76,9 +76,13 @@ def run_command(command, monkeypatch):
         pass
     elif words[:4] == ["python", "-m", "bench", "compare"]:
         assert bench.main([*words[3:], *SHORT, "--seeds=2"]) in (0, None), command
-    elif words == ["python", "docs/scalar_gpt.py"]:
-        monkeypatch.setattr(scalar_gpt, "MAX_ITERS", 2)
-        scalar_gpt.main(ROOT / "data" / "names.txt")
+    elif words[1].startswith("docs/"):
+        short = ["--steps=2"] if words[1] == "docs/scalar_gpt.py" else []
+        subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:], *short], check=True, capture_output=True, timeout=120
+        )
+    elif words[:3] == ["python", "-m", "bench"] and words[3] == "counts":
+        assert bench.main(words[3:]) in (0, None), command
     elif "--tensorboard=True" in words and not find_spec("tensorboard"):
         pass
     else:
@@ -86,7 +90,7 @@ def run_command(command, monkeypatch):
         argv = words[2:]
         if words[1] == "train.py":
             argv += [*SHORT, "--max_iters=3"] if "--init_from=resume" in argv else SHORT
-        elif words[1] == "sample.py" and not any(word.startswith("--score=") for word in argv):
+        elif words[1] == "sample.py" and not any(word.startswith(("--score=", "--trace=")) for word in argv):
             argv.append("--max_new_tokens=20")
         assert SCRIPTS[words[1]].main(argv) in (0, None), command
 
@@ -96,7 +100,7 @@ def run_command(command, monkeypatch):
     "page, count, leaves",
     [
         ("README.md", 21, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
-        ("docs/tour.md", 15, {"ladder", "shakespeare_char_cpu"}),
+        ("docs/tour.md", 28, {"ladder", "question", "bench"}),
         ("docs/interop.md", 13, {"mine", "articles", "names", "names_last", "names_again", "names_tuned"}),
         ("CONTRIBUTING.md", 6, {"try", "bench"}),
     ],
@@ -131,6 +135,39 @@ def test_commands_run(page, count, leaves, tmp_path, monkeypatch, capsys):
         assert {path.name for path in (tmp_path / "out" / "ladder").iterdir()} == {"die", *rungs}
 
 
+@pytest.mark.skipif(not os.environ.get("QUILL_CORPORA"), reason="QUILL_CORPORA is not set: no Tiny Shakespeare")
+def test_commands_of_the_short_pages(tmp_path, monkeypatch, capsys):
+    """They look into rung 7, which the tour trains."""
+    pages = ["docs/why_log.md", "docs/why_sqrt_d.md", "docs/three_kinds.md", "docs/gpt3.md"]
+    commands = ["python train.py config/ladder/7_layernorm.py", *(c for page in pages for c in commands_of(page))]
+    assert len(commands) == 1 + len(pages)
+    for name in ("config", "docs", *SCRIPTS):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        run_command(command, monkeypatch)
+
+
+def test_numbers_of_the_short_pages():
+    """Softmaxes and slopes of why_sqrt_d.md, FLOPs of gpt3.md, perplexity and bits of why_log.md."""
+    rows = re.findall(r"^\| ([\d, −]+) \| ([\d., ]+) \| (0\.\d+) \|$", read("docs/why_sqrt_d.md"), flags=re.MULTILINE)
+    assert len(rows) == 2
+    for scores, softmax, slope in rows:
+        e = [math.exp(float(score.replace("−", "-"))) for score in scores.split(", ")]
+        got = [float(p) for p in softmax.split(", ")]
+        assert got == pytest.approx([x / sum(e) for x in e], abs=5e-4) and got[0] > 0.6
+        assert float(slope) == pytest.approx(e[0] / sum(e) * (1 - e[0] / sum(e)), abs=5e-4)
+    units = {"M": 1e6, "B": 1e9}
+    sizes = re.findall(r"^\| ([\d.]+)([MB]) \|.* (\d\.\d\de\d\d) \|$", read("docs/gpt3.md"), flags=re.MULTILINE)
+    assert len(sizes) == 8
+    for number, unit, flops in sizes:
+        assert float(flops) == pytest.approx(6 * float(number) * units[unit] * 300e9, rel=5e-3)
+    rung = 6 * 209_600 * 2000 * 32 * 64
+    assert rung == pytest.approx(5.2e12, rel=0.01) and 6 * 175e9 * 300e9 / rung == pytest.approx(61e9, rel=0.01)
+    assert pytest.approx(25, abs=0.5) == 6 * 175e9 * 300e9 / 4e14 / 3600 / 24 / 365
+    assert math.exp(1.64) == pytest.approx(5.2, abs=0.05) and 1.64 / math.log(2) == pytest.approx(2.37, abs=5e-3)
+
+
 def test_inline_commands_name_what_exists():
     """Scripts, files, benches and options of the commands inside a sentence or a table."""
     checked = 0
@@ -155,7 +192,7 @@ def test_inline_commands_name_what_exists():
     assert checked >= 20
 
 
-NOT_NAMES = {"u", "q", "R", "E", "ROM"}  # characters of a text, which the tour quotes
+NOT_NAMES = {"u", "q", "e", "i", "l"}  # characters of a text, which the tour quotes
 EXAMPLES = {"config.your_option", "config/your_run.py"}  # what a contributor would add
 
 
