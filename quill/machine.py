@@ -149,7 +149,7 @@ def set_threads(option: int | str, saved: int | None = None) -> str:
             threads, reason = free_cores(), "the other cores are in use, or not granted"
     torch.set_num_threads(threads)
     if threads > 1 and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
-        reason += "; they wait passively, because other programs use the cores"
+        reason += "; they wait passively"
     return reason
 
 

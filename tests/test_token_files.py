@@ -213,7 +213,7 @@ def test_documents_that_hold_newlines(write, tmp_path, kind, content, how, expec
     "content, how, reason",
     [
         ('{"text": "a"}\n{"text": 1}', "jsonl:text", "text.txt, line 2: not a JSON object with a text in 'text'"),
-        ('{"text": "a"}\n\n{"tekst": "b"}', "jsonl:text", "line 3: not a JSON object with a text in 'text'"),
+        ('{"text": "a"}\n\n{"words": "b"}', "jsonl:text", "line 3: not a JSON object with a text in 'text'"),
         ('{"text": "a"}\n[1]', "jsonl:text", "line 2"),
         ('{"text": "a"}\nb', "jsonl:text", "line 2"),
         ('{"text": "\\ud800"}', "jsonl:text", "line 1"),
