@@ -42,7 +42,6 @@ from quill.options import BenchConfig, TrainConfig
 SPEED = {
     "train": peers.train,
     "loss": peers.recipe,
-    "replay": peers.replay,
     "generate": peers.generate,
     "start": peers.start,
     "prepare": peers.prepare,
@@ -50,7 +49,8 @@ SPEED = {
     "counts": counts,
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
-NAMES = [*SPEED, *EXPERIMENTS, "faults"]
+CHECKS = ["replay", "faults"]  # see run_check
+NAMES = [*SPEED, *EXPERIMENTS, *CHECKS]
 ALIASES = {"curve": "replay"}  # former names, which still work
 FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment sets for its runs
 
@@ -62,23 +62,21 @@ def main(argv: list[str]) -> int:
     name, paths = read_command(positional)
     config = with_full_paths(BenchConfig(**given))
     check_peer(config.peer)
-    if name == "replay" and (given.keys() & {"pairs", "dtype"}):
-        raise UserError("replay is one run of each, in float32: it takes no --pairs and no --dtype")
     pick_machine(config)  # so that a missing device or dtype is reported before the first run
     if name in EXPERIMENTS:
         lines = EXPERIMENTS[name](paths, read_training_options(name, rest), config)
     elif rest:
         raise UserError(f"{rest[0]}: not an option of python -m bench {name} (see --help)")
     else:
-        lines = run_campaigns(paths, config) if name == "faults" else SPEED[name](config)
+        lines = run_check(name, paths, config) if name in CHECKS else SPEED[name](config)
     write_report(name, argv, lines, config)
     return int(any(line.get("problems") for line in lines))
 
 
-def run_campaigns(names: list[str], config: BenchConfig) -> list[Line]:
-    """Run the fault campaigns, which are tests and lie in tests/faults/. → what they counted"""
+def run_check(name: str, cases: list[str], config: BenchConfig) -> list[Line]:
+    """Run the fault campaigns or the replay. They are tests, and lie in tests/. → what they found"""
     sys.path.insert(0, str(ROOT / "tests"))
-    return import_module("faults").faults(names, config)
+    return getattr(import_module(name), name)(cases, config)
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -24,12 +24,12 @@ from bench import threads as threads_bench
 from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import counts, draw
 from bench.programs import generate as generate_program
-from bench.programs import replay_nanogpt
 from quill.cli import read_config_file
 from quill.data import token_files
 from quill.errors import UserError
 from quill.optimizer import learning_rate
 from quill.options import BenchConfig, TrainConfig
+from tests import replay
 
 
 @pytest.fixture
@@ -266,16 +266,16 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
     (tmp_path / "shakespeare_char").symlink_to(data_dir / "prose")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
     config = BenchConfig(device="cpu", peer=str(peer), data_dir=str(tmp_path))
-    (line,) = peers.replay(config, shape)
+    (line,) = replay.replay([], config, shape)
     assert len(line["ours"]) == 6 and line["max_abs_difference"] < 1e-6
-    monkeypatch.setattr(replay_nanogpt, "learning_rate", lambda step, config: learning_rate(step, config) / 2)
-    assert peers.replay(config, shape)[0]["max_abs_difference"] > 1e-4
+    monkeypatch.setattr(replay, "learning_rate", lambda step, config: learning_rate(step, config) / 2)
+    assert replay.replay([], config, shape)[0]["max_abs_difference"] > 1e-4
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, replay, generate, start, prepare, threads, counts, ladder, compare"),
+        ([], "give one of train, loss, generate, start, prepare, threads, counts, ladder, compare, replay, faults"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
@@ -284,7 +284,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
         (["replay"], "replay: give a checkout of nanoGPT"),
         (["curve"], "replay: give a checkout of nanoGPT"),  # its former name
-        (["replay", "--dtype=bfloat16"], "it takes no --pairs and no --dtype"),
+        (["replay", "--dtype=bfloat16"], "it takes no cases and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
         (["start", "--pairs=0"], "--pairs=0"),
