@@ -7,8 +7,8 @@ At nanoGPT's learning rate, 1e-3, the validation loss is 1.907 (n = 5, fp32).
 Measured: 59 s (2 CPU cores, bf16, n = 3), validation loss 1.836 (n = 3).
 """
 
+base = "shakespeare_char.py"
 out_dir = "out/shakespeare_char_cpu"
-dataset = "shakespeare_char"
 
 n_layer = 4
 n_head = 4
@@ -17,12 +17,7 @@ block_size = 64
 dropout = 0.0
 
 batch_size = 12
-gradient_accumulation_steps = 1
 max_iters = 2000
 learning_rate = 2e-3
-min_lr = 1e-4
-warmup_iters = 100
-beta2 = 0.99
 
 eval_interval = 500
-log_interval = 10

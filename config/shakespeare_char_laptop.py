@@ -9,26 +9,20 @@ Newton-Schulz steps in Muon; quill now uses four.
 Measured: 1,366 s (2 CPU cores, fp32, n = 1), validation loss 1.449 (n = 1).
 """
 
+base = "shakespeare_char_fast.py"
 out_dir = "out/shakespeare_char_laptop"
-dataset = "shakespeare_char"
 
 n_layer = 4
-n_head = 4
 n_embd = 256
 block_size = 256
 dropout = 0.1
 attention_dropout = 0.0
-position = "rope"
-qk_norm = True
+activation = "gelu"
 
 batch_size = 8
-gradient_accumulation_steps = 1
 max_iters = 2500
-optimizer = "muon"
 learning_rate = 4e-3
-muon_learning_rate = 0.015
 weight_decay = 0.1
-schedule = "linear"
 warmup_iters = 20
 min_lr = 8e-5
 
