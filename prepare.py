@@ -30,8 +30,7 @@ UNITS = {"char": "characters", "byte": "bytes", "bpe": "tokens of byte-level BPE
 def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     """Read a command line into options, and the known corpus that it names or None.
 
-    Raises:
-        UserError: an option is wrong, missing, or differs from what a known corpus fixes.
+    Raise a UserError if an option is wrong, missing, or differs from what a known corpus fixes.
     """
     names, flags = read_args(argv, PrepareConfig, __doc__)
     config = PrepareConfig(**flags)

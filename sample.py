@@ -115,13 +115,9 @@ def as_given(key: str, value: str) -> str:
 
 
 def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path) -> tuple[np.ndarray, str]:
-    """Read the text of the option `key` and encode it.
+    """Read the text of the option `key` and encode it. → the ids (T,) and the text, with --score those that are scored
 
-    Returns:
-        The ids (T,) and the text. With --score, they are those that quill/scoring.py scores.
-
-    Raises:
-        UserError: there is nothing to score, or the vocabulary of the checkpoint `path` lacks a character.
+    Raise a UserError if there is nothing to score, or if the vocabulary of the checkpoint `path` lacks a character.
     """
     value, is_score = getattr(config, key), key == "score"
     text, given = read_text(key, value), as_given(key, value)

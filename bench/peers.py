@@ -46,9 +46,6 @@ GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 GPT2_IDS = 50257
 
 
-# ---------------------------------------------------------------- training
-
-
 def train(config: BenchConfig) -> list[Line]:
     """Measure tokens per second of training, without evaluations, at the laptop recipe's shape and at 10.7M parameters.
 
@@ -116,9 +113,6 @@ def gpt2(
     return lines
 
 
-# ---------------------------------------------------------------- generation
-
-
 def generate(config: BenchConfig) -> list[Line]:
     """Measure tokens per second of `generate` within the block: random weights, temperature 0.8, top-k 50.
 
@@ -145,9 +139,6 @@ def generate(config: BenchConfig) -> list[Line]:
                 report(f"generation, {name}, with transformers as the peer", "tokens/s", *figures, more_is_better=True)
             )
     return lines
-
-
-# ---------------------------------------------------------------- whole processes
 
 
 def recipe(config: BenchConfig) -> list[Line]:

@@ -156,9 +156,6 @@ def _check_weights(key, weights, expected, tied):
         raise Damage(f"lm_head.weight and transformer.wte.weight of {key} differ, but config ties them")
 
 
-# ---------------------------------------------------------------- values
-
-
 def _require(state, key, is_right, what):
     value = state[key]
     if not is_right(value):

@@ -122,9 +122,6 @@ def totals(losses: list[float], text: str) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------- output
-
-
 def readable(text: str) -> list[str]:
     """Return a visible string for each character of `text`, and for each byte decoded with "surrogateescape"."""
     cells = []

@@ -77,9 +77,6 @@ def attention_steps(model: GPT, idx: torch.Tensor) -> list[dict[str, torch.Tenso
     return layers
 
 
-# ---------------------------------------------------------------- output
-
-
 def trace_lines(path: Trace, steps: dict[str, torch.Tensor], tokenizer: Tokenizer, temperature: float) -> Iterator[str]:
     """Yield lines with the numbers of `path`, and with a table for each of `steps` {title: (T, T)} of a head."""
     names = token_names(tokenizer)

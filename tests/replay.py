@@ -16,7 +16,7 @@ import torch
 
 from bench.measure import Line, as_flags, process, read_metrics
 from bench.peers import SHAKESPEARE_10M
-from bench.programs.nanogpt import load_model_module
+from bench.programs.generate import load_model_module
 from model import GPT
 from quill.data.batches import Batches, derive_seed
 from quill.data.token_files import open_dataset

@@ -8,15 +8,16 @@ if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 
 import json
+import runpy
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from bench.programs.nanogpt import load_model_module
 from model import GPT
 from quill.cpu import speed_up
 from quill.generation import generate
@@ -31,6 +32,12 @@ def quill_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: Any)
     machine = pick_machine(SampleConfig(device=device, dtype=dtype))
     model = speed_up(GPT(ModelConfig(**shape), vocab_size).eval().to(machine.device, machine.dtype))
     return partial(generate, model)
+
+
+def load_model_module(folder: str) -> Any:
+    """Run nanoGPT's `folder`/model.py by its path, because quill has a module `model` too. → its names"""
+    sys.path.append(folder)  # a fork's model.py may import other files of its folder
+    return SimpleNamespace(**runpy.run_path(f"{folder}/model.py"))
 
 
 def nanogpt_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: str, peer: str) -> Generate:

@@ -135,9 +135,6 @@ class TensorBoard(Observer):
         writer.file_writer.add_summary(summary, step)
 
 
-# ---------------------------------------------------------------- images, text
-
-
 def signed_colors(matrix: torch.Tensor) -> torch.Tensor:
     """(rows, columns) → an image (3, …): white is 0, red positive, blue negative, full colour the largest."""
     x = matrix / matrix.abs().max().clamp(min=1e-12)
