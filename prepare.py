@@ -37,7 +37,9 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     if len(names) > 1:
         raise UserError(f"give one corpus, not {len(names)}: {' '.join(names)}")
     if "show" in flags and (not config.show or flags.keys() - {"show", "dataset", "data_dir"}):
-        raise UserError("--show=TEXT reads a dataset that is prepared; it goes with --dataset and --data_dir only")
+        raise UserError("--show=TEXT takes a text, and no other options than --dataset and --data_dir")
+    if config.show and not names and not config.dataset:
+        raise UserError("--show: name a dataset, as in python prepare.py names --show=emma")
     if not names:
         if not config.show:
             check_own_text(config)

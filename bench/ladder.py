@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure import ROOT, Line, as_flags, machine_options, process, train_or_resume
+from bench.measure import ROOT, Line, machine_options, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
@@ -33,7 +33,6 @@ def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list
         print(
             f"{line['rung']:12} {line['parameters']:9,} parameters  val loss {line['val_loss']:.3f} "
             f"(spread {line['spread']:.3f}, n = {len(line['runs'])})  {line['seconds']:5.1f} s",
-            *(f"\n    {written}" for written in line["text"]),
             flush=True,
         )
     as_shipped = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
@@ -61,7 +60,7 @@ def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> list[Line]
 
 
 def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
-    """Train one config with `config.seeds` seeds and draw a sample from the last run."""
+    """Train one config with `config.seeds` seeds."""
     runs, out_dir = [], ""
     for seed in range(1, config.seeds + 1):
         out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
@@ -69,8 +68,6 @@ def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
         last = train_or_resume(path, out_dir, options)[-1]
         runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
     best = Path(out_dir) / "best.pt"
-    options = {"ckpt": best, "num_samples": 1, "max_new_tokens": 150} | machine_options(config)
-    _, text = process(["sample.py", *as_flags(options)])
     losses = [run["val_loss"] for run in runs]
     return {
         "rung": path.stem,
@@ -78,7 +75,6 @@ def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
         "val_loss": statistics.mean(losses),
         "spread": max(losses) - min(losses),
         "seconds": statistics.median(run["seconds"] for run in runs),
-        "text": [written[:100] for written in text.splitlines() if written.strip("- ")][:2],
         "runs": runs,
     }
 

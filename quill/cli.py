@@ -163,8 +163,8 @@ def _read_base(base, path, schema, readers):
     where = f"{path}, line {_line_of('base', path)}: base"
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UserError(f"{where} is {_as_text(base, repr)}; name a config file in the same folder")
-    if (path.parent / base).resolve() in readers:
-        raise UserError(f"{where} = {base} leads back to {base}")
+    if (path.parent / base).resolve() in readers or len(readers) > 20:
+        raise UserError(f"{where} = {base} leads back to {base}, or to more than 20 files")
     return read_config_file(path.parent / base, schema, readers)
 
 

@@ -122,21 +122,21 @@ def bos_name(tokenizer: Tokenizer) -> str:
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of the tokenizer.json that encodes and decodes as `tokenizer` does. BOS is a special token."""
     content: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if isinstance(tokenizer, CharTokenizer):
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         vocab = {char: i for i, char in enumerate(tokenizer.chars)}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}  # not in `vocab`: unknown ones are an error
         content |= {"pre_tokenizer": split, "model": model, "decoder": {"type": "Fuse"}}
     elif isinstance(tokenizer, BPETokenizer):
-        content = dict(tokenizer.description)
+        content = tokenizer.description | {"truncation": None, "padding": None, "decoder": level}  # as quill does
     else:
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         model = {"type": "BPE", "vocab": bpe.byte_of_character(), "merges": []}
         content |= {"pre_tokenizer": level, "model": model, "decoder": level}
     if tokenizer.bos is not None:
         bos, name = tokenizer.bos, bos_name(tokenizer)
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        others = [token for token in content["added_tokens"] if token["id"] != bos]
+        others = [token for token in content.get("added_tokens") or [] if token["id"] != bos]
         content["added_tokens"] = [*others, {"id": bos, "content": name, **flags}]
         template = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         special = {name: {"id": name, "ids": [bos], "tokens": [name]}}

@@ -180,7 +180,7 @@ def _is_options(value):
 
 def _is_plain_tensor(value):
     plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    return plain and value.is_floating_point()
+    return plain and value.is_floating_point() and value.element_size() > 1  # float8 has no arithmetic
 
 
 def _fits(value, kind):

@@ -23,6 +23,7 @@ from quill.data import bpe, texts, token_files
 from quill.data.token_files import open_dataset, prepare, read_tokenizer, take_over
 from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
 from quill.errors import UserError
+from quill.interop import to_tokenizer_json
 
 ROOT = Path(token_files.__file__).parent.parent.parent
 FILES = ["meta.json", "train.bin", "val.bin"]
@@ -420,3 +421,38 @@ def test_transformers_finds_the_same_ids(description, tokenizer, write, tmp_path
         if "<|endoftext|>" not in text:
             assert fast(text)["input_ids"] == tokenizer.encode(text).tolist()
             assert fast.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("is_documents", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}},
+        {"decoder": {"type": "Fuse"}},
+        {"added_tokens": []},
+    ],
+    ids=lambda changes: " ".join(changes) or "as trained",
+)
+def test_an_exported_tokenizer_encodes_and_decodes_the_same(description, changes, is_documents):
+    """Fields that quill does not use must not change what the exported tokenizer does."""
+    if "added_tokens" in changes:
+        vocab = {token: i for token, i in description["model"]["vocab"].items() if token != bpe.SPECIAL}
+        changes = changes | {"model": description["model"] | {"vocab": vocab}}
+    check_export(BPETokenizer(description | changes, is_documents))
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, lambda *kind: CharTokenizer(ALICE, *kind)], ids=["byte", "char"])
+def test_so_does_one_whose_documents_may_hold_newlines(make):
+    check_export(make(True, False))
+
+
+def check_export(tokenizer):
+    import tokenizers
+
+    theirs, start = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(tokenizer))), tokenizer.prompt("")
+    ids = tokenizer.encode(ALICE).tolist()
+    assert theirs.encode(ALICE, add_special_tokens=False).ids == ids
+    assert theirs.encode(ALICE).ids == (start.tolist() if tokenizer.is_documents else []) + ids
+    assert theirs.decode(ids) == ALICE
+    assert theirs.get_vocab_size() == tokenizer.vocab_size

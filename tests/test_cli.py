@@ -236,12 +236,16 @@ def test_a_base_holds_where_a_config_file_has_no_option(tmp_path):
         ("''", "mine.py, line 2: base is ''; name a config file"),
         ("'mine.py'", "mine.py, line 2: base = mine.py leads back to mine.py"),
         ("'round.py'", "round.py, line 1: base = mine.py leads back to mine.py"),
+        ("'0.py'", "or to more than 20 files"),
         ("'typo.py'", "typo.py, line 1: there is no option n_layers"),
     ],
 )
 def test_mistakes_in_a_base(tmp_path, base, words):
     (tmp_path / "round.py").write_text("base = 'mine.py'\n", encoding="utf-8")
     (tmp_path / "typo.py").write_text("n_layers = 3\n", encoding="utf-8")
+    for i in range(30):
+        (tmp_path / f"{i}.py").write_text(f"base = '{i + 1}.py'\n", encoding="utf-8")
+    (tmp_path / "30.py").write_text("n_layer = 3\n", encoding="utf-8")
     (tmp_path / "mine.py").write_text(f"n_layer = 3\nbase = {base}\n", encoding="utf-8")
     with pytest.raises(UserError) as error:
         read_config_file(tmp_path / "mine.py", TrainConfig)

@@ -203,13 +203,13 @@ def test_show_by_hand(write, tmp_path, capsys):
 @pytest.mark.parametrize(
     "args, reason",
     [
-        (["--show=x"], "--dataset=: there is no"),
-        (["names", "--show="], "--show=TEXT reads a dataset that is prepared"),
+        (["names", "--show="], "--show=TEXT takes a text"),
+        (["--show=hello"], "--show: name a dataset, as in python prepare.py names --show=emma"),
         (["names", "--show=Z"], "'Z' .*not in the vocabulary"),
         (["names", "--show=a\nb"], "--show=a\nb: give one document"),
         (["byte", "--show=x"], "byte is not a known corpus"),
         (["--dataset=nothing", "--show=x"], "there is no .*nothing/meta.json"),
-        (["names", "--show=x", "--tokenizer=char", "--input=f"], "goes with --dataset and --data_dir only"),
+        (["names", "--show=x", "--tokenizer=char", "--input=f"], "no other options than --dataset and --data_dir"),
         (["xyzzy", "--show=x"], "xyzzy is not a known corpus"),
     ],
 )

@@ -75,6 +75,7 @@ IN_ANY_CASE = [  # refused when it is sampled from, too
     (put("model", WTE, value=torch.zeros(13, 15)), r"with the shape \(13, 16\)"),
     (put("model", WTE, value=torch.zeros(13, 16, dtype=torch.int64)), "must be a tensor of numbers"),
     (put("model", WTE, value=torch.zeros(13, 16).to_sparse()), "must be a tensor of numbers"),
+    (put("model", WTE, value=torch.zeros(13, 16).to(torch.float8_e4m3fn)), "must be a tensor of numbers"),
     (put("model", LN, value=torch.full((16,), NAN)), "transformer.ln_f.weight of model is not finite"),
     (put("model", WTE, value=torch.ones(13, 16)), "differ, but config ties them"),
     (put("model", "new", value=torch.ones(1)), "model has new, which this model does not have"),
