@@ -38,6 +38,7 @@ def test_ctrl_c_during_the_imports_is_silent(script):
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_closed_and_full_streams(flags, tmp_path):
     """A run trains without a stdout or a stderr, and a full stdout is one line."""
     argv = " ".join(flags(max_iters=2))

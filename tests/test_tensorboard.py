@@ -229,6 +229,7 @@ def test_a_missing_package_is_one_line_and_nothing_is_overwritten(flags, tmp_pat
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_cant_be_written_to_is_one_line(flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("a file where the folder should be", encoding="utf-8")

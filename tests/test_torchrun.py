@@ -58,7 +58,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("dataset", ["words", pytest.param("prose", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["words", "prose"])
 def test_two_ranks_train_as_one(flags, tmp_path, dataset):
     """torchrun with gloo: the same losses and weights as one process, at half the rows for each."""
     options = {"dataset": dataset, "gradient_accumulation_steps": 3, "eval_interval": 10}

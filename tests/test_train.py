@@ -127,7 +127,8 @@ def test_a_signal_ends_the_step_saves_and_resumes(flags, tmp_path, monkeypatch, 
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_final_samples_ends_the_run(flags, number):
     """They come after the last save, so there is nothing to wait for."""
     code = (
