@@ -264,7 +264,7 @@ def test_the_script_trains_and_samples(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, code, words",
     [
-        (["--steps=2", "--seed=1"], 0, "step 2: mean loss of 2 steps"),
+        pytest.param(["--steps=2", "--seed=1"], 0, "step 2: mean loss of 2 steps", marks=pytest.mark.slow),
         (["--steps=few"], 2, "--steps: invalid int value: 'few'"),
         (["--text=nowhere.txt"], 2, "--text: can't open 'nowhere.txt'"),
     ],

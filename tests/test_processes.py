@@ -99,7 +99,8 @@ def test_mistakes_are_one_line_and_exit_code_2(flags, tmp_path):
         assert exit_code == "exit code 2"
 
 
-@pytest.mark.parametrize("limit", [9000, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [9000, 60])
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(flags, tmp_path, limit):
     """A limit of the file size is used as a full disk: the second save fails halfway, or the second row before it."""
     code = (

@@ -176,6 +176,7 @@ def test_training_is_the_same_with_and_without(flags, tmp_path, capsys, options)
     assert printed[0] == printed[1]
 
 
+@pytest.mark.slow
 def test_without_it_nothing_of_it_is_imported(flags):
     code = "import sys, train; train.main(sys.argv[1:]); print([m for m in sys.modules if m.startswith('tensorboard')])"
     done = subprocess.run([sys.executable, "-c", code, *flags(max_iters=1)], capture_output=True, text=True, check=True)
