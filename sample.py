@@ -138,10 +138,7 @@ def sample(
     machine: Machine,
     write: Callable[[str], None],
 ) -> None:
-    """Draw config.num_samples texts at once. The first is written token by token, the others when all are done.
-
-    write: called with each piece of text.
-    """
+    """Draw config.num_samples texts. `write` gets the first token by token, and the others when all are done."""
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
     ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
     separator = "\n" if tokenizer.bos_is_newline else "\n---------------\n"

@@ -1,4 +1,1 @@
-"""Programs that the benches run in separate processes. Each reads its options as JSON from stdin and prints JSON.
-
-For example: `echo '{…}' | python -m bench.programs.generate`, in quill's folder.
-"""
+"""Programs that a bench starts in processes of their own: options as JSON on stdin, the result as JSON on stdout."""
