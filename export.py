@@ -89,9 +89,7 @@ def to_quill(source: Path, config: ExportConfig) -> None:
         if (found := folder.find_run()) and not config.overwrite:
             raise UserError(f"{found[0]} is another run's: choose another --out_dir, or give --overwrite=True")
         checkpoint.save(folder.path / "best.pt", state)
-        for path in found:
-            if path.name not in ("best.pt", "ckpt.pt"):  # ckpt.pt is nanoGPT's
-                path.unlink()
+        folder.clear(but="best.pt")
     print(f"{folder.path / 'best.pt'} has the model of {source}")
 
 

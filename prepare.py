@@ -95,12 +95,12 @@ def check_own_text(config: PrepareConfig) -> None:
 def main(argv: list[str]) -> None:
     """Prepare the text that `argv` names and say what was written, or show what a text becomes in a dataset."""
     config, corpus = read_options(argv)
-    from quill.data import token_files  # imports numpy, which --help does not need
-    from quill.data.show import show
+    from quill.data import show, token_files  # these import numpy, which --help does not need
 
-    folder = Path(config.data_dir) / (corpus.name if corpus else config.dataset)
+    dataset = corpus.name if corpus else config.dataset
+    folder = Path(config.data_dir) / dataset
     if config.show:
-        print(*show(corpus.name if corpus else config.dataset, config.data_dir, config.show), sep="\n")
+        print(*show.show(dataset, config.data_dir, config.show), sep="\n")
         return
     if corpus:
         meta = token_files.prepare_corpus(corpus, config.data_dir, config.input)

@@ -64,12 +64,16 @@ class RunFolder:
         except (OSError, UnicodeDecodeError):
             return None
 
+    def clear(self, but: str = "") -> None:
+        """Delete all that belongs to a run of quill's, but the file named `but`."""
+        for path in self.find_run():
+            if path.name not in (but, "ckpt.pt"):  # nanoGPT's, which quill never writes
+                path.unlink()
+
     def take(self, config: TrainConfig) -> None:
         """Delete the files of another run, and write this run's identity. A resumed run deletes nothing."""
         if config.init_from != "resume":
-            for path in self.find_run():
-                if path.name != "ckpt.pt":  # nanoGPT's, which quill never writes
-                    path.unlink()
+            self.clear()
         with replacing(self.path / ".run") as (file,):
             file.write(f"{identity(config)}\n".encode())
 

@@ -441,3 +441,13 @@ def test_prepare_if_missing_prepares_a_known_corpus_once(tmp_path, capsys, write
     assert (tmp_path / "names" / "meta.json").stat().st_mtime_ns == before
     assert open_dataset(tmp_path, "names").tokenizer.vocab_size == 27
     assert not (tmp_path / "somebody's").exists()
+
+
+@pytest.mark.parametrize("documents", ["none", "lines"])
+def test_a_text_that_another_datasets_characters_lack_is_named_before_anything_is_written(tmp_path, documents):
+    for name, text in (("few", "ab\nba\n" * 20), ("more", "ab\nbé\n" * 20)):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    prepare(tmp_path / "few.txt", tmp_path / "few", "char", documents)
+    with pytest.raises(UserError, match=r"more.txt: 'é' \(1 character .*; --tokenizer=char makes"):
+        prepare(tmp_path / "more.txt", tmp_path / "more", str(tmp_path / "few"), documents)
+    assert not (tmp_path / "more").exists()

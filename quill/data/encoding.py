@@ -53,7 +53,7 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
                 sides.update(in_val(strings).tolist())
                 ends = [min(strings + ends), max(strings + ends)]
             joined = "".join(strings)
-            if tokenizer == "char":
+            if kind == "char":
                 codes = code_points(joined)
                 if not known.take(codes).all():  # reading `known` is faster than writing to it
                     known[codes] = True
@@ -71,9 +71,14 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
         raise UserError(f"{text.name}: has one distinct document, but train and val need two that differ")
     if length == 1:
         raise UserError(f"{text.name}: has one token, but train and val need at least one each")
+    chars = "".join(map(chr, np.flatnonzero(known)))
+    try:  # here, so that nothing is written yet
+        if isinstance(tokenizer, CharTokenizer):
+            tokenizer.encode(chars)
+    except UserError as error:
+        raise UserError(f"{text.name}: {error}; --tokenizer=char makes a vocabulary of the text's own") from None
     if not isinstance(tokenizer, Tokenizer):
         settings = text.is_documents, text.documents == "lines"
-        chars = map(chr, np.flatnonzero(known))
         tokenizer = CharTokenizer(chars, *settings) if kind == "char" else ByteTokenizer(*settings)
     return Scan(tokenizer, length, digest.hexdigest(), ends[1] if len(sides) == 1 else None)
 
