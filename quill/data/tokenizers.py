@@ -4,7 +4,7 @@ A tokenizer is made for a stream or for documents. A stream is one long text, an
 starts with one more id, BOS. Of characters and bytes, it is the last of the vocabulary. A document is one of two kinds:
 
     a line      BOS replaces the newline in both directions: "\nanna\nbob" is `BOS a n n a BOS b o b`.
-    any text    BOS is decoded to nothing, and newlines are tokens like others. Documents of BPE are always of this kind.
+    any text    BOS is decoded to nothing, and newlines are tokens like others. Documents of BPE are always so.
 
 Shapes: T tokens in a text.
 """
