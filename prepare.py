@@ -47,7 +47,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     corpus = known_corpus(names[0])
     fixed = {
         "dataset": corpus.name,
-        "tokenizer": corpus.tokenizer,
+        "tokenizer": PrepareConfig.tokenizer,
         "documents": "lines" if corpus.is_documents else "none",
         "bins": "",
     }

@@ -5,7 +5,6 @@ Turning a text into tokens is left to quill/data/token_files.py.
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ class Corpus:
     origin: str  # who made it, and under which licence it is used
     url: str = ""
     sha256: str = ""
-    tokenizer: str = "char"
     is_documents: bool = False  # every line is a separate document
 
 
@@ -107,17 +105,15 @@ def download(corpus: Corpus, path: Path) -> Path:
         f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`; "
         "`python train.py config/names.py` needs no network"
     )
-    digest = hashlib.sha256()
+    data = read_url(corpus.url, f"download {corpus.name}", remedy)
+    check_sha256(hashlib.sha256(data).hexdigest(), corpus, f"the download from {corpus.url}", remedy)
     with folder_lock(path.parent, wait=True), replacing(path) as (file,):
-        for chunk in read_url(corpus.url, f"download {corpus.name}", remedy):
-            digest.update(chunk)
-            file.write(chunk)
-        check_sha256(digest.hexdigest(), corpus, f"the download from {corpus.url}", remedy)
+        file.write(data)
     return path
 
 
-def read_url(url: str, title: str, remedy: str) -> Iterator[bytes]:
-    """Download `url` in chunks, with a progress bar named `title` if stderr is a terminal.
+def read_url(url: str, title: str, remedy: str) -> bytes:
+    """Return the content of `url`, with a progress bar named `title` if stderr is a terminal.
 
     Raise a UserError that ends with `remedy` if the server can't be reached, refuses, or ends too early.
     """
@@ -130,14 +126,12 @@ def read_url(url: str, title: str, remedy: str) -> Iterator[bytes]:
 
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            size, read = response.length, 0
-            with tqdm(total=size, unit="B", unit_scale=True, desc=title, disable=None) as bar:
-                while chunk := response.read(CHUNK):
-                    yield chunk
-                    read += len(chunk)
-                    bar.update(len(chunk))
-        if size is not None and read != size:
-            raise UserError(f"{url}: ended after {read:,} of {size:,} bytes; try again, or {remedy}")
+            size = response.length
+            with tqdm.wrapattr(response, "read", size, desc=title, disable=None) as stream:
+                data = b"".join(iter(lambda: stream.read(CHUNK), b""))
+        if size is not None and len(data) != size:
+            raise UserError(f"{url}: ended after {len(data):,} of {size:,} bytes; try again, or {remedy}")
+        return data
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{url}: HTTP status {error.code} {error.reason}; {remedy}") from None

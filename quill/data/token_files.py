@@ -60,7 +60,7 @@ def prepare_corpus(corpus: Corpus, data_dir: str | Path = "data", input: str = "
     source = locate(corpus, input, data_dir)
     name = corpus.url or f"data/{corpus.file}"
     documents = "lines" if corpus.is_documents else "none"
-    return prepare(source, Path(data_dir) / corpus.name, corpus.tokenizer, documents, name)
+    return prepare(source, Path(data_dir) / corpus.name, documents=documents, name=name)
 
 
 def prepare(
