@@ -15,16 +15,18 @@ if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quill.cli import did_you_mean, read_args, run
+from quill.cli import did_you_mean, highlight, read_args, run
 from quill.data.corpora import CORPORA, Corpus
 from quill.errors import UserError
 from quill.options import PrepareConfig
 
 USAGE = f"python prepare.py {' | '.join(CORPORA)}, or python prepare.py --input=my.txt --dataset=mine"
 UNITS = {"char": "characters", "byte": "bytes", "bpe": "tokens of byte-level BPE"}
+LONGEST_WINDOW = 16  # tokens that --show prints
 
 
 def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
@@ -95,12 +97,13 @@ def check_own_text(config: PrepareConfig) -> None:
 def main(argv: list[str]) -> None:
     """Prepare the text that `argv` names and say what was written, or show what a text becomes in a dataset."""
     config, corpus = read_options(argv)
-    from quill.data import show, token_files  # these import numpy, which --help does not need
+    from quill.data import token_files  # it imports numpy, which --help does not need
 
     dataset = corpus.name if corpus else config.dataset
     folder = Path(config.data_dir) / dataset
     if config.show:
-        print(*show.show(dataset, config.data_dir, config.show), sep="\n")
+        token_files.prepare_if_missing(dataset, config.data_dir)
+        print(*show(token_files.open_dataset(config.data_dir, dataset).tokenizer, config.show), sep="\n")
         return
     if corpus:
         meta = token_files.prepare_corpus(corpus, config.data_dir, config.input)
@@ -110,6 +113,21 @@ def main(argv: list[str]) -> None:
         settings = {"documents": config.documents, "vocab_size": config.vocab_size}
         meta = token_files.prepare(config.input, folder, config.tokenizer, **settings)
     report(folder, meta, config)
+
+
+def show(tokenizer: Any, text: str) -> Iterator[str]:
+    """Yield lines with the first window of `text`, x and y (T,). Raise a UserError if `text` does not make one."""
+    ids = [*tokenizer.prompt(text).tolist(), *([tokenizer.bos] * tokenizer.is_documents)][: LONGEST_WINDOW + 1]
+    if len(ids) < 2 or tokenizer.bos in ids[1:-1]:
+        raise UserError(f"--show={text}: give one document, or two characters or more")
+    names = [repr(tokenizer.decode([i], "backslashreplace"))[1:-1].replace(" ", "␣") for i in ids]
+    names = ["BOS" if i == tokenizer.bos else name for i, name in zip(ids, names, strict=True)]
+    size = max(len(cell) for cell in (*names, *map(str, ids)))
+    for label, start in (("x", 0), ("y", 1)):
+        for title, row in ((highlight(label), names), (" ", ids)):
+            yield f"{title}  {' '.join(f'{cell:>{size}}' for cell in row[start : start + len(ids) - 1])}"
+    yield highlight(f"The {len(ids) - 1} examples in this window: what the model sees → what it is to predict")
+    yield from (f"{t:>2}  {' '.join(names[: t + 1])} → {names[t + 1]}" for t in range(len(ids) - 1))
 
 
 def report(folder: Path, meta: dict[str, Any], config: PrepareConfig) -> None:

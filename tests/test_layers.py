@@ -27,7 +27,6 @@ LAYERS = [
         "quill/data/encoding.py": "numpy tqdm",
         "quill/data/texts.py": "tqdm",
         "quill/data/token_files.py": "numpy tqdm",
-        "quill/data/show.py": "",
         "quill/data/batches.py": "numpy tqdm torch",
         "quill/data/splits.py": "numpy tqdm torch",
         "quill/machine.py": "torch",
