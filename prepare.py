@@ -50,7 +50,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     fixed = {
         "dataset": corpus.name,
         "tokenizer": PrepareConfig.tokenizer,
-        "documents": "lines" if corpus.is_documents else "none",
+        "documents": corpus.documents,
         "bins": "",
     }
     for key, value in fixed.items():

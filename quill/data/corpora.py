@@ -24,7 +24,7 @@ class Corpus:
     origin: str  # who made it, and under which licence it is used
     url: str = ""
     sha256: str = ""
-    is_documents: bool = False  # every line is a separate document
+    documents: str = "none"  # as in --documents
 
 
 CORPORA = {
@@ -41,7 +41,7 @@ CORPORA = {
             name="names",
             file="names.txt",
             origin="given names, typed for quill (MIT, like the rest of it)",
-            is_documents=True,
+            documents="lines",
         ),
         Corpus(
             name="names32k",
@@ -49,7 +49,7 @@ CORPORA = {
             url="https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
             sha256="0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
             origin="32,033 given names in use in the USA in 2018 (ssa.gov), from karpathy/makemore (MIT)",
-            is_documents=True,
+            documents="lines",
         ),
     )
 }

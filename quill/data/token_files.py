@@ -57,10 +57,9 @@ def prepare_if_missing(dataset: str, data_dir: str | Path = "data") -> None:
 
 def prepare_corpus(corpus: Corpus, data_dir: str | Path = "data", input: str = "") -> dict[str, Any]:
     """Locate the text of a known corpus and prepare it as `data_dir`/<its name>. Returns the values of meta.json."""
-    source = locate(corpus, input, data_dir)
     name = corpus.url or f"data/{corpus.file}"
-    documents = "lines" if corpus.is_documents else "none"
-    return prepare(source, Path(data_dir) / corpus.name, documents=documents, name=name)
+    source = locate(corpus, input, data_dir)
+    return prepare(source, Path(data_dir) / corpus.name, documents=corpus.documents, name=name)
 
 
 def prepare(
