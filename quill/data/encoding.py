@@ -93,8 +93,10 @@ def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
             train, val = ([*compress(documents, side)] for side in (~is_val, is_val))
             yield tokenizer.encode_documents(train), tokenizer.encode_documents(val)
     elif isinstance(tokenizer, BPETokenizer):
+        none = np.empty(0, np.int64)
         for train, val in split_stream(chain.from_iterable(pieces), train_left):
-            yield tokenizer.encode_joined(train), tokenizer.encode_joined(val)
+            train_ids, val_ids = (np.concatenate([none, *tokenizer.encode_all(part)]) for part in (train, val))
+            yield train_ids, val_ids
     else:
         for (piece,) in pieces:
             ids = tokenizer.encode(piece)

@@ -52,10 +52,6 @@ class Tokenizer:
         """Encode each of `texts`. → their ids, (T,) each"""
         return [self.encode(text) for text in texts]
 
-    def encode_joined(self, texts: Iterable[str]) -> np.ndarray:
-        """Encode each of `texts` to the ids of all (T,), int64."""
-        return np.concatenate([np.empty(0, np.int64), *self.encode_all(texts)])
-
     def encode_documents(self, documents: Iterable[str]) -> np.ndarray:
         """Encode documents, each with BOS before it, to the ids of all (T,), int64."""
         if self.bos_is_newline:
