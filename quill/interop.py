@@ -17,7 +17,7 @@ import torch
 from model import GPT
 from quill.data import bpe
 from quill.data.token_files import read_tokenizer
-from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, make
+from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from quill.errors import UserError
 
 NANOGPT_KEYS = {"model_args", "model"}  # every nanoGPT checkpoint has them; quill's have no model_args
@@ -261,4 +261,4 @@ def _read_tokenizer(folder):
         return next(tokenizer for tokenizer in own if to_tokenizer_json(tokenizer) == content)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         has_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        return make(read_tokenizer(str(folder)), False, False) if has_files else None
+        return read_tokenizer(str(folder)) if has_files else None

@@ -78,7 +78,7 @@ def prepare(
     name: the name of the source in meta.json; by default its file names.
     Raise a UserError if `source` can't be read, is not UTF-8, is too short, or changes while it is read.
     """
-    known = None if tokenizer in KINDS else make(read_tokenizer(tokenizer), documents != "none", documents == "lines")
+    known = None if tokenizer in KINDS else read_tokenizer(tokenizer, documents != "none", documents == "lines")
     with tqdm(unit="B", unit_scale=True, desc="two passes", disable=None) as bar:
         text = Texts(find_texts(source), documents, bar)
         bar.reset(2 * text.size)
@@ -92,7 +92,7 @@ def take_over(bins: str | Path, out: str | Path, tokenizer: str) -> dict[str, An
 
     tokenizer: as in `read_tokenizer`. Raise a UserError if it lacks an id of the files.
     """
-    known, digest, files = make(read_tokenizer(tokenizer), False, False), hashlib.sha256(), {}
+    known, digest, files = read_tokenizer(tokenizer), hashlib.sha256(), {}
     for path in (Path(bins) / "train.bin", Path(bins) / "val.bin"):
         try:
             files[path] = np.memmap(path, dtype_of(known), mode="r")
@@ -176,17 +176,15 @@ def open_dataset(data_dir: str | Path, dataset: str) -> Dataset:
         for name, tokens, sha256 in expected:
             path = folder / f"{name}.bin"
             splits[name] = open_split(path, dtype, tokens, sha256, tokenizer.vocab_size)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {command} writes it again") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}; {command} writes it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {command} writes it again") from None
+    except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        damage = error if isinstance(error, UserError) else f"damaged ({type(error).__name__}: {error})"
+        reason = error.strerror if isinstance(error, OSError) else damage
+        raise UserError(f"{path}: {reason}; {command} writes it again") from None
     return Dataset(dataset, tokenizer, splits["train"], splits["val"], meta)
 
 
-def read_tokenizer(name: str) -> dict[str, Any]:
-    """Read the tokenizer that --tokenizer names by a path. → its description, as from `Tokenizer.to_json`
+def read_tokenizer(name: str, is_documents: bool = False, bos_is_newline: bool = False) -> Tokenizer:
+    """Read the tokenizer that --tokenizer names by a path, and make it for documents as given.
 
     It is that of a dataset's folder, a tokenizer.json or its folder, or a folder with vocab.json and merges.txt. Raise
     a UserError if it is none of these.
@@ -202,7 +200,7 @@ def read_tokenizer(name: str) -> dict[str, Any]:
             values = bpe.read_gpt2_files(values, path.with_name("merges.txt").read_text(encoding="utf-8"))
         values = values["tokenizer"] if path.name == "meta.json" else {"kind": "bpe", "tokenizer": values}
         from_json({"documents": False} | values)
-        return values
+        return make(values, is_documents, bos_is_newline)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a foreign file can be wrong in any way
