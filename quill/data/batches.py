@@ -110,7 +110,7 @@ class Batches:
         self.positions = torch.arange(block_size + 1, device=self.tokens.device)
         self.order = lru_cache(maxsize=2)(self._order)  # a step may use rows of two epochs
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
-        self.prefetched: tuple[int, Future[tuple[int, list[Batch]]]] | None = None  # step and its batch
+        self.prefetched: dict[int, Future[tuple[int, list[Batch]]]] = {}  # the next step's batch, by its step
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the order of an epoch's rows: a permutation (rows_per_epoch,).
@@ -143,12 +143,9 @@ class Batches:
         """
         if self.prefetcher is None:
             return self._make_global_batch(step)
-        if self.prefetched is not None and self.prefetched[0] == step:
-            batch = self.prefetched[1].result()
-        else:
-            batch = self._make_global_batch(step)
-        self.prefetched = (step + 1, self.prefetcher.submit(self._make_global_batch, step + 1))
-        return batch
+        batch = self.prefetched.get(step) or self.prefetcher.submit(self._make_global_batch, step)
+        self.prefetched = {step + 1: self.prefetcher.submit(self._make_global_batch, step + 1)}
+        return batch.result()
 
     def _make_global_batch(self, step: int) -> tuple[int, list[Batch]]:
         starts, lengths = self.step_rows(step)
