@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from model import GPT
-from quill.cli import option_types
+from quill.cli import coerce, option_types
 from quill.data.tokenizers import from_json
 from quill.errors import UserError
 from quill.options import ModelConfig, TrainConfig
@@ -184,13 +184,12 @@ def _is_plain_tensor(value):
 
 
 def _fits(value, kind):
-    """Return whether `value` is of an option's type, without any conversion but from int to float."""
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return any(value == choice and type(value) is type(choice) for choice in choices)
-    if choices:  # a union
-        return any(_fits(value, choice) for choice in choices)
-    return type(value) is kind or (kind is float and type(value) is int)
+    """Return whether an option of the type `kind` takes `value` without any conversion but from int to float."""
+    try:
+        converted = type(coerce(value, kind, "", ""))
+    except UserError:
+        return False
+    return converted is type(value) or (converted is float and type(value) is int)
 
 
 def _name(kind):
