@@ -27,17 +27,13 @@ from quill.options import ModelConfig, TrainConfig
 LARGEST = 2**53  # of a count: what a float can hold exactly
 
 
-class Damage(Exception):
-    """What is wrong with a checkpoint, without the name of its file."""
-
-
 @contextmanager
 def _naming(path):
-    """Turn Damage into a UserError about the file `path`."""
+    """Add the name of the file `path` to an error."""
     try:
         yield
-    except Damage as damage:
-        raise UserError(f"{path}: damaged: {damage}; use another checkpoint") from None
+    except UserError as error:
+        raise UserError(f"{path}: damaged: {error}; use another checkpoint") from None
 
 
 def check_to_sample(state: dict[str, Any], path: Path | str) -> None:
@@ -51,9 +47,9 @@ def check_to_sample(state: dict[str, Any], path: Path | str) -> None:
             try:
                 tokenizer = from_json(state["tokenizer"])
             except UserError as error:
-                raise Damage(f"tokenizer: {error}") from None
+                raise UserError(f"tokenizer: {error}") from None
             if tokenizer.vocab_size != vocab_size:
-                raise Damage(f"the tokenizer has {tokenizer.vocab_size} ids, but vocab_size is {vocab_size}")
+                raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, but vocab_size is {vocab_size}")
         expected = _expected_shapes(config, vocab_size, state["model"])
         tied = config.get("tie_weights", ModelConfig.tie_weights)
         _check_weights("model", state["model"], expected, tied)
@@ -67,7 +63,7 @@ def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
         _check_options("flags", _require(state, "flags", _is_options, "options"))
         _require(state, "losses", lambda x: isinstance(x, list) and all(map(_is_finite, x)), "finite numbers")
         if len(state["losses"]) > state["step"]:
-            raise Damage(f"{len(state['losses'])} losses, but only {state['step']} steps")
+            raise UserError(f"{len(state['losses'])} losses, but only {state['step']} steps")
         _require(state, "seconds", lambda value: _is_finite(value) and value >= 0, "a number, 0 or more")
         _count(state, "evals_since_best", 0)
         _require(state, "scaler", lambda x: isinstance(x, dict) and all(map(_is_finite, x.values())), "numbers")
@@ -93,73 +89,74 @@ def _check_options(name, options):
     types_ = option_types(TrainConfig)
     for key, value in options.items():
         if key in types_ and not _fits(value, types_[key]):
-            raise Damage(f"{name} has {key}={_short(value)}, which is not {_name(types_[key])}")
+            raise UserError(f"{name} has {key}={_short(value)}, which is not {_name(types_[key])}")
 
 
 def _check_moments(optimizer, saved, step):
     groups, moments = saved.get("param_groups"), saved.get("state")
     if not isinstance(groups, list) or not isinstance(moments, dict) or len(groups) != len(optimizer.param_groups):
-        raise Damage("an optimizer's groups are not this run's")
+        raise UserError("an optimizer's groups are not this run's")
     parameters = {}
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         indices = group.get("params") if isinstance(group, dict) else None
         if not isinstance(indices, list) or len(indices) != len(own["params"]):
-            raise Damage("an optimizer's groups are not this run's")
+            raise UserError("an optimizer's groups are not this run's")
         if not all(type(index) is int for index in indices):
-            raise Damage("an optimizer's groups hold no numbers of parameters")
+            raise UserError("an optimizer's groups hold no numbers of parameters")
         parameters.update(zip(indices, own["params"], strict=True))
     names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
     if step and set(moments) != set(parameters):
-        raise Damage(f"an optimizer has moments of {len(moments)} of {len(parameters)} parameters after {step} steps")
+        found = f"{len(moments)} of {len(parameters)}"
+        raise UserError(f"an optimizer has moments of {found} parameters after {step} steps")
     for index, values in moments.items():
         if not isinstance(values, dict) or set(values) != names or index not in parameters:
-            raise Damage(f"an optimizer's moments must be {', '.join(sorted(names))}")
+            raise UserError(f"an optimizer's moments must be {', '.join(sorted(names))}")
         for name, value in values.items():
             shape = torch.Size() if name == "step" else parameters[index].shape
             if not _is_plain_tensor(value) or value.shape != shape or not value.isfinite().all():
-                raise Damage(f"{name} of a parameter must be finite and have the shape {tuple(shape)}")
+                raise UserError(f"{name} of a parameter must be finite and have the shape {tuple(shape)}")
 
 
 def _expected_shapes(config, vocab_size, weights):
     """Return the shapes that the model's weights must have, from a model without memory. → {name: shape}"""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise Damage("model must be weights by name")
+        raise UserError("model must be weights by name")
     layers = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
     names = {f.name for f in fields(ModelConfig)}
     try:
         options = ModelConfig(**{key: value for key, value in config.items() if key in names})
         # Counted first, because a model of very many layers takes long to build even without memory.
         if options.n_layer != len(layers):
-            raise Damage(f"config has n_layer={options.n_layer}, but model has the weights of {len(layers)} layers")
+            raise UserError(f"config has n_layer={options.n_layer}, but model has the weights of {len(layers)} layers")
         with torch.device("meta"):
             model = GPT(options, vocab_size)
     except UserError as error:
-        raise Damage(f"config: {error}") from None
+        raise UserError(f"config: {error}") from None
     except (RuntimeError, ValueError, OverflowError) as error:
-        raise Damage(f"config: no model has this shape: {str(error).splitlines()[0]}") from None
+        raise UserError(f"config: no model has this shape: {str(error).splitlines()[0]}") from None
     return {name: weight.shape for name, weight in model.state_dict().items()}
 
 
 def _check_weights(key, weights, expected, tied):
     if not isinstance(weights, dict):
-        raise Damage(f"{key} must be weights by name, not {_short(weights)}")
+        raise UserError(f"{key} must be weights by name, not {_short(weights)}")
     if missing := sorted(expected.keys() - weights.keys()):
-        raise Damage(f"{key} lacks {missing[0]}")
+        raise UserError(f"{key} lacks {missing[0]}")
     if unknown := sorted(map(str, weights.keys() - expected.keys())):
-        raise Damage(f"{key} has {unknown[0][:60]}, which this model does not have")
+        raise UserError(f"{key} has {unknown[0][:60]}, which this model does not have")
     for name, shape in expected.items():
         if not _is_plain_tensor(weights[name]) or weights[name].shape != shape:
-            raise Damage(f"{name} of {key} must be a tensor of numbers with the shape {tuple(shape)}")
+            raise UserError(f"{name} of {key} must be a tensor of numbers with the shape {tuple(shape)}")
         if not weights[name].isfinite().all():
-            raise Damage(f"{name} of {key} is not finite")
+            raise UserError(f"{name} of {key} is not finite")
     if tied and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-        raise Damage(f"lm_head.weight and transformer.wte.weight of {key} differ, but config ties them")
+        raise UserError(f"lm_head.weight and transformer.wte.weight of {key} differ, but config ties them")
 
 
 def _require(state, key, is_right, what):
     value = state[key]
     if not is_right(value):
-        raise Damage(f"{key} must be {what}, not {_short(value)}")
+        raise UserError(f"{key} must be {what}, not {_short(value)}")
     return value
 
 
