@@ -3,7 +3,7 @@
 The .bin files are raw little-endian uint16 (uint32 above 65,535 ids) and nothing else, so other tools can read them.
 meta.json describes them and holds their SHA-256. The same text always gives the same bytes.
 
-Reading a text is left to texts.py, splitting and encoding it to encoding.py, the known corpora to corpora.py.
+Reading, splitting and encoding a text is left to texts.py, the known corpora to corpora.py.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from tqdm import tqdm
 from quill.cli import did_you_mean, note
 from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
-from quill.data.encoding import SplitIds, encode_splits, scan_text
-from quill.data.texts import CHUNK, Texts, find_texts
+from quill.data.texts import CHUNK, SplitIds, Texts, encode_splits, find_texts, scan_text
 from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
 from quill.errors import UserError
 from quill.files import folder_lock, replacing
