@@ -100,22 +100,10 @@ def check_sha256(actual: str, corpus: Corpus, what: str | Path, remedy: str) -> 
 
 
 def download(corpus: Corpus, path: Path) -> Path:
-    """Download `corpus` to `path` and return `path`. The file appears only when it is complete and verified."""
-    remedy = (
-        f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`; "
-        "`python train.py config/names.py` needs no network"
-    )
-    data = read_url(corpus.url, f"download {corpus.name}", remedy)
-    check_sha256(hashlib.sha256(data).hexdigest(), corpus, f"the download from {corpus.url}", remedy)
-    with folder_lock(path.parent, wait=True), replacing(path) as (file,):
-        file.write(data)
-    return path
+    """Download `corpus` to `path` and return `path`, with a progress bar if stderr is a terminal.
 
-
-def read_url(url: str, title: str, remedy: str) -> bytes:
-    """Return the content of `url`, with a progress bar named `title` if stderr is a terminal.
-
-    Raise a UserError that ends with `remedy` if the server can't be reached, refuses, or ends too early.
+    The file appears only when it is complete and verified. Raise a UserError if the server can't be reached, refuses,
+    ends too early or has another text.
     """
     # Imported here, because they are slow to import and seldom needed.
     import http.client
@@ -124,16 +112,24 @@ def read_url(url: str, title: str, remedy: str) -> bytes:
 
     from tqdm import tqdm
 
+    url = corpus.url
+    remedy = (
+        f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`; "
+        "`python train.py config/names.py` needs no network"
+    )
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            size = response.length
+            size, title = response.length, f"download {corpus.name}"
             with tqdm.wrapattr(response, "read", size, desc=title, disable=None) as stream:
                 data = b"".join(iter(lambda: stream.read(CHUNK), b""))
-        if size is not None and len(data) != size:
-            raise UserError(f"{url}: ended after {len(data):,} of {size:,} bytes; try again, or {remedy}")
-        return data
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{url}: HTTP status {error.code} {error.reason}; {remedy}") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}; {remedy}") from None
+    if size is not None and len(data) != size:
+        raise UserError(f"{url}: ended after {len(data):,} of {size:,} bytes; try again, or {remedy}")
+    check_sha256(hashlib.sha256(data).hexdigest(), corpus, f"the download from {url}", remedy)
+    with folder_lock(path.parent, wait=True), replacing(path) as (file,):
+        file.write(data)
+    return path
