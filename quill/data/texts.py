@@ -37,9 +37,6 @@ LONGEST_DOCUMENT = 2**24  # characters; a document is in memory as a whole
 SplitIds = tuple[np.ndarray, np.ndarray]  # a piece of each split: ids for training, ids for validation
 
 
-# ---------------------------------------------------------------- reading
-
-
 def find_texts(names: str | Path) -> list[Path]:
     """Return the files that --input names: a file, or files and patterns such as texts/*.txt, with commas between."""
     if os.path.exists(names):  # unlike Path.exists, it answers without the permission to look
@@ -162,9 +159,6 @@ def json_fields(lines: Iterable[list[str]], path: Path, field: str) -> Iterator[
                 problem = f"not a JSON object with a text in {field!r}; see --documents"
                 raise UserError(f"{path}, line {number}: {problem}") from None
         yield documents
-
-
-# ---------------------------------------------------------------- splitting and encoding
 
 
 @dataclass(frozen=True)
