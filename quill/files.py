@@ -3,8 +3,6 @@
 Nothing here writes through a symbolic link: a temporary file is always a new file, and a rename replaces the link.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A GPT with learned positions is a GPT-2, whose parameters have the same names. R
 has RMSNorm. Nothing in a folder is executed: weights are read from safetensors, or with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ A file with valid checksums can still hold anything: edited by hand, or written 
 raises a UserError that names the file, the key, what was expected and what was found.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import sys

@@ -6,8 +6,6 @@ meta.json describes them and holds their SHA-256. The same text always gives the
 Reading, splitting and encoding a text is left to texts.py, the known corpora to corpora.py.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import operator
