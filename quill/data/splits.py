@@ -1,7 +1,5 @@
 """The two splits of a run's dataset, opened and made into batches for one rank."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

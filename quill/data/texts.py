@@ -8,8 +8,6 @@ encodes the two parts as two texts. Of documents, about a tenth are for validati
 which split a document is, so equal documents are in the same split. Blank documents are left out.
 """
 
-from __future__ import annotations
-
 import codecs
 import glob
 import hashlib
@@ -60,16 +58,17 @@ class Texts:
         self.name = ", ".join(map(str, paths))  # for messages
         self.size = sum(path.stat().st_size for path in paths)  # in bytes
 
-    def pieces(self, digest: hashlib._Hash) -> Iterator[list[str]]:
+    def pieces(self) -> Iterator[list[str]]:
         """Read the files and yield lists of documents, or of a stream [some text]. None of these strings is empty.
 
-        The bytes of the files are added to `digest`.
+        `digest` is then the SHA-256 of the files.
         """
+        self.digest = hashlib.sha256()
         for path in self.paths:
             if not self.is_documents:
-                yield from ([text] for text in self.decoded(path, digest))
+                yield from ([text] for text in self.decoded(path))
                 continue
-            documents = self.lines(path, digest)
+            documents = self.lines(path)
             if self.documents == "blank_lines":
                 documents = paragraphs(documents, path)
             elif self.documents.startswith("jsonl:"):
@@ -78,17 +77,17 @@ class Texts:
                 if some := list(filter(str.strip, some)):
                     yield some
 
-    def lines(self, path: Path, digest: hashlib._Hash) -> Iterator[list[str]]:
+    def lines(self, path: Path) -> Iterator[list[str]]:
         """Read a file and yield its lines, a list at a time."""
         rest = ""
-        for text in self.decoded(path, digest):
+        for text in self.decoded(path):
             *lines, rest = (rest + text).split("\n")
             check_length(len(rest), path)
             yield lines
         yield [rest]
 
-    def decoded(self, path: Path, digest: hashlib._Hash) -> Iterator[str]:
-        """Read a file and yield its text in pieces, none of them empty; add its bytes to `digest`.
+    def decoded(self, path: Path) -> Iterator[str]:
+        """Read a file and yield its text in pieces, none of them empty.
 
         Raise a UserError if the file can't be read, or, with the byte and the line, if it is not UTF-8.
         """
@@ -98,7 +97,7 @@ class Texts:
             with open(path, "rb") as file:
                 while chunk:
                     chunk = file.read(CHUNK)
-                    digest.update(chunk)
+                    self.digest.update(chunk)
                     mark = len(codecs.BOM_UTF8) if at == 0 and chunk.startswith(codecs.BOM_UTF8) else 0
                     at += len(chunk)
                     if text := newlines.decode(chunk[mark:], final=not chunk):
@@ -177,13 +176,13 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
     Raise a UserError if there is too little text for two splits.
     """
     kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
-    known, length, digest = np.zeros(sys.maxunicode + 1, bool), 0, hashlib.sha256()
+    known, length = np.zeros(sys.maxunicode + 1, bool), 0
     sides: set[bool] = set()  # the splits that get a document
     ends: list[str] = []  # the first and the last document in sorted order
 
     def scanned() -> Iterator[list[str]]:
         nonlocal length, ends
-        for strings in text.pieces(digest):
+        for strings in text.pieces():
             yield strings
             if text.is_documents and len(sides) < 2:
                 sides.update(in_val(strings).tolist())
@@ -216,13 +215,12 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
     if not isinstance(tokenizer, Tokenizer):
         settings = text.is_documents, text.documents == "lines"
         tokenizer = CharTokenizer(chars, *settings) if kind == "char" else ByteTokenizer(*settings)
-    return Scan(tokenizer, length, digest.hexdigest(), ends[1] if len(sides) == 1 else None)
+    return Scan(tokenizer, length, text.digest.hexdigest(), ends[1] if len(sides) == 1 else None)
 
 
 def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
     """Read a text for the second time and yield its ids in pieces. Raise a UserError if it has changed."""
-    digest, train_left, tokenizer = hashlib.sha256(), scan.length * 9 // 10, scan.tokenizer
-    pieces = text.pieces(digest)
+    pieces, train_left, tokenizer = text.pieces(), scan.length * 9 // 10, scan.tokenizer
     if text.is_documents:
         for documents in pieces:
             is_val = in_val(documents, scan.moved)
@@ -238,7 +236,7 @@ def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
             ids = tokenizer.encode(piece)
             yield ids[:train_left], ids[train_left:]
             train_left = max(0, train_left - len(ids))
-    if digest.hexdigest() != scan.sha256:
+    if text.digest.hexdigest() != scan.sha256:
         raise UserError(f"{text.name}: changed while it was read; run the command again")
 
 
