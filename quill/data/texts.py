@@ -227,10 +227,8 @@ def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
             train, val = ([*compress(documents, side)] for side in (~is_val, is_val))
             yield tokenizer.encode_documents(train), tokenizer.encode_documents(val)
     elif isinstance(tokenizer, BPETokenizer):
-        none = np.empty(0, np.int64)
         for train, val in split_stream(chain.from_iterable(pieces), train_left):
-            train_ids, val_ids = (np.concatenate([none, *tokenizer.encode_all(part)]) for part in (train, val))
-            yield train_ids, val_ids
+            yield tokenizer.encode(train), tokenizer.encode(val)
     else:
         for (piece,) in pieces:
             ids = tokenizer.encode(piece)
@@ -240,15 +238,15 @@ def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
         raise UserError(f"{text.name}: changed while it was read; run the command again")
 
 
-def split_stream(texts: Iterable[str], train_left: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the pieces of a stream, its first `train_left` characters for training, the others for validation."""
+def split_stream(texts: Iterable[str], train_left: int) -> Iterator[tuple[str, str]]:
+    """Yield a stream in parts that end between words. Its first `train_left` characters are for training."""
     train_rest = val_rest = ""
     for text in texts:
         train, train_rest = bpe.cut(train_rest + text[:train_left])
         val, val_rest = bpe.cut(val_rest + text[train_left:])
         train_left = max(0, train_left - len(text))
-        yield train, val
-    yield [train_rest], [val_rest]
+        yield "".join(train), "".join(val)
+    yield train_rest, val_rest
 
 
 def in_val(documents: list[str], moved: str | None = None) -> np.ndarray:
