@@ -7,15 +7,12 @@ The paper's row has a width of 5,140, which is not 40 heads of width 128. Here t
 Not measured.
 """
 
-base = "small.py"
+base = "6.7b.py"  # its options hold, but for these
 out_dir = "out/gpt3/13b"
 n_layer = 40
 n_head = 40
 n_embd = 5120
 batch_size = 1
 gradient_accumulation_steps = 1024  # 1 × 1,024 × 2,048 tokens: the paper's 2M
-max_iters = 143_051  # 300B tokens; the rate warms up over 375M and decays until 260B
-warmup_iters = 179
-lr_decay_iters = 123_978
 learning_rate = 1e-4
 min_lr = 1e-5

@@ -5,12 +5,11 @@
 Not measured.
 """
 
-base = "small.py"
+base = "13b.py"  # its options hold, but for these
 out_dir = "out/gpt3/175b"
 n_layer = 96
 n_head = 96
 n_embd = 12288
-batch_size = 1
 gradient_accumulation_steps = 1536  # 1 × 1,536 × 2,048 tokens: the paper's 3.2M
 max_iters = 95_367  # 300B tokens; the rate warms up over 375M and decays until 260B
 warmup_iters = 119

@@ -5,15 +5,12 @@
 Not measured.
 """
 
-base = "small.py"
+base = "xl.py"  # its options hold, but for these
 out_dir = "out/gpt3/2.7b"
 n_layer = 32
 n_head = 32
 n_embd = 2560
 batch_size = 2
 gradient_accumulation_steps = 256  # 2 × 256 × 2,048 tokens: the paper's 1M
-max_iters = 286_102  # 300B tokens; the rate warms up over 375M and decays until 260B
-warmup_iters = 358
-lr_decay_iters = 247_955
 learning_rate = 1.6e-4
 min_lr = 1.6e-5

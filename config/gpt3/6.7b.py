@@ -5,12 +5,9 @@
 Not measured.
 """
 
-base = "small.py"
+base = "2.7b.py"  # its options hold, but for these
 out_dir = "out/gpt3/6.7b"
-n_layer = 32
-n_head = 32
 n_embd = 4096
-batch_size = 2
 gradient_accumulation_steps = 512  # 2 × 512 × 2,048 tokens: the paper's 2M
 max_iters = 143_051  # 300B tokens; the rate warms up over 375M and decays until 260B
 warmup_iters = 179

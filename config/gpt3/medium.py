@@ -5,7 +5,7 @@
 Not measured.
 """
 
-base = "small.py"
+base = "small.py"  # its options hold, but for these
 out_dir = "out/gpt3/medium"
 n_layer = 24
 n_head = 16

@@ -7,10 +7,8 @@ The paper's row has 24 heads of width 128, which is more than its width of 2,048
 Not measured.
 """
 
-base = "small.py"
+base = "large.py"  # its options hold, but for these
 out_dir = "out/gpt3/xl"
-n_layer = 24
-n_head = 16
 n_embd = 2048
 batch_size = 4
 gradient_accumulation_steps = 128  # 4 × 128 × 2,048 tokens: the paper's 1M
