@@ -15,7 +15,6 @@ n_layer = 1
 n_head = 4
 n_embd = 16
 block_size = 16
-dropout = 0.0
 norm = "rmsnorm"
 norm_embedding = True
 norm_final = False

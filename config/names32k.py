@@ -25,7 +25,6 @@ max_iters = 2000
 optimizer = "muon"
 learning_rate = 1e-2
 muon_learning_rate = 0.03
-weight_decay = 0.1
 schedule = "linear"
 min_lr = 5e-5
 beta2 = 0.95

@@ -15,7 +15,6 @@ n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 64
-dropout = 0.0
 position = "rope"
 activation = "relu2"
 qk_norm = True
