@@ -51,7 +51,6 @@ SPEED = {
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
 CHECKS = ["replay", "faults"]  # see run_check
 NAMES = [*SPEED, *EXPERIMENTS, *CHECKS]
-ALIASES = {"curve": "replay"}  # former names, which still work
 FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment sets for its runs
 
 
@@ -89,7 +88,6 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 def read_command(positional: list[str]) -> tuple[str, list[str]]:
     """Read the bench's name and its config files, whose paths become absolute as in `with_full_paths`. → both"""
     name, *paths = positional or [""]
-    name = ALIASES.get(name, name)
     if name not in NAMES:
         raise UserError(f"give one of {', '.join(NAMES)} (see --help)")
     if name in SPEED and paths:

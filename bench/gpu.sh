@@ -14,7 +14,6 @@ set -euo pipefail
 
 part=${1:-} peer=${2:-} device=${DEVICE:-cuda} python=${PYTHON:-python}
 out=$(realpath -m "${OUT:-out/bench}")
-[ "$part" != curve ] || part=replay # its former name
 options=("--device=$device" "--data_dir=$out/data" "--out_dir=$out")
 if [ -n "$peer" ]; then
   peer=$(realpath -m "$peer")

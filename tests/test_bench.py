@@ -283,7 +283,6 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
         (["replay"], "replay: give a checkout of nanoGPT"),
-        (["curve"], "replay: give a checkout of nanoGPT"),  # its former name
         (["replay", "--dtype=bfloat16"], "it takes no cases and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
