@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bench.measure import Line, machine_options, span, train_or_resume
 from quill.cli import read_config_file
@@ -79,21 +80,11 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
 
 
 def t_quantile(degrees: int, probability: float = 0.95) -> float:
-    """Return the t for which Student's distribution has `probability` between -t and t, by bisection of the angle."""
-    step = math.pi / 2 / 2**52  # of the angle, which is from 0 to π/2
-    steps = bisect(range(2**52), probability, key=lambda i: t_probability(i * step, degrees))
-    return math.sqrt(degrees) * math.tan(steps * step)
+    """Return the t for which Student's distribution has `probability` between -t and t.
 
-
-def t_probability(angle: float, degrees: int) -> float:
-    """Return P(|T| < t) of Student's distribution, where `angle` is atan(t / √degrees).
-
-    For whole degrees of freedom it is a finite sum: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    The density of the angle atan(t / √degrees) is proportional to cos(angle)^(degrees - 1); it is summed from 0 to π/2.
     """
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term, total = cosine if odd else 1.0, 0.0
-    for k in range(2 + odd, degrees + 1, 2):  # the terms' powers of the cosine: k - 2
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    areas = np.cumsum(np.cos((angles[:-1] + angles[1:]) / 2) ** (degrees - 1))
+    angle = np.interp(probability, areas / areas[-1], angles[1:])
+    return math.sqrt(degrees) * math.tan(angle)
