@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
+
+LESS_IS_BETTER = ("s", "nats")  # units; of others, such as tokens/s, more is better
 
 Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
 
@@ -54,6 +57,13 @@ def program(name: str, **options: Any) -> Any:
 def as_flags(options: dict[str, Any]) -> list[str]:
     """Convert {key: value} to flags `--key=value`."""
     return [f"--{key}={value}" for key, value in options.items()]
+
+
+def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[str, str]]]:
+    """Train with `options` in a temporary out_dir. → seconds of the whole process, the rows of metrics.csv"""
+    with TemporaryDirectory() as folder:
+        seconds, _ = process(["train.py", *config_file, *as_flags(options | {"out_dir": folder})])
+        return seconds, read_metrics(folder)
 
 
 def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> list[dict[str, str]]:
@@ -111,22 +121,22 @@ def hardware(config: BenchConfig) -> str:
     return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
 
 
-def in_turn(pairs: int, ours: Callable[[], Any], peer: Callable[[], Any] | None = None) -> tuple[list[Any], list[Any]]:
-    """Measure `ours()` and `peer()` alternately, `pairs` times each. → our figures, the peer's"""
+def in_turn(config: BenchConfig, ours: Callable[[], Any], peer: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    """Measure `ours()` and, with `--peer`, `peer()` alternately, `--pairs` times each. → our figures, the peer's"""
     figures: tuple[list[Any], list[Any]] = ([], [])
-    for _ in range(pairs):
+    for _ in range(config.pairs):
         figures[0].append(ours())
-        if peer is not None:
+        if config.peer:
             figures[1].append(peer())
     return figures
 
 
-def report(what: str, unit: str, ours: list[float], peer: list[float], more_is_better: bool) -> Line:
+def report(what: str, unit: str, ours: list[float], peer: Sequence[float] = ()) -> Line:
     """Print medians and ranges of both, and their ratio in pairs, which is above 1 where ours is better. → the line"""
     line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
     text = f"{what}: {span(ours)} {unit}"
     if peer:
-        line["ratio"] = [a / b if more_is_better else b / a for a, b in zip(ours, peer, strict=True)]
+        line["ratio"] = [b / a if unit in LESS_IS_BETTER else a / b for a, b in zip(ours, peer, strict=True)]
         text += f", peer {span(peer)}, ratio {span(line['ratio'])}"
     print(f"{text} (n = {len(ours)})", flush=True)
     return line

@@ -6,6 +6,7 @@ The peer is a checkout of nanoGPT, which is not part of quill. Without one, quil
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,19 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.measure import (
-    ROOT,
-    Line,
-    as_flags,
-    in_turn,
-    machine_options,
-    on_gpu,
-    peer_machine_options,
-    process,
-    program,
-    read_metrics,
-    report,
-)
+from bench import measure
+from bench.measure import Line, as_flags, in_turn, machine_options, on_gpu, peer_machine_options, process, report
 from model import GPT
 from quill.errors import UserError
 from quill.machine import pick_machine
@@ -58,19 +48,17 @@ def train(config: BenchConfig) -> list[Line]:
     lines = []
     for name, shape, steps in shapes:
         options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
-        theirs = partial(peer_training_speed, config, options) if config.peer else None
-        figures = in_turn(config.pairs, partial(training_speed, config, options), theirs)
-        lines.append(report(f"training, {name}", "tokens/s", *figures, more_is_better=True))
-    return [*lines, *(gpt2(config) if gpu else [])]
+        ours, theirs = partial(training_speed, config, options), partial(peer_training_speed, config, options)
+        lines.append(report(f"training, {name}", "tokens/s", *in_turn(config, ours, theirs)))
+    return lines + gpt2(config) if gpu else lines
 
 
 def training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
     """Return the tokens per second of one run of quill, without its first quarter, which includes the warm-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        extra = {"out_dir": folder, "data_dir": config.data_dir, "dataset": "shakespeare_char", "eval_iters": 1}
-        extra |= {"gradient_accumulation_steps": 1, "log_interval": 1} | machine_options(config)
-        process(["train.py", *as_flags(options | extra)])
-        return statistics.harmonic_mean([float(line["tokens_per_s"]) for line in read_metrics(folder)][1:])
+    extra = {"data_dir": config.data_dir, "dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
+    extra |= {"eval_iters": 1, "log_interval": 1} | machine_options(config)
+    _, rows = measure.train(options | extra)
+    return statistics.harmonic_mean(float(row["tokens_per_s"]) for row in rows[1:])
 
 
 def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
@@ -96,20 +84,15 @@ def gpt2(
         drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
         text.write_text("".join(chr(0x10000 + number) for number in drawn.tolist()), encoding="utf-8")
         process(["prepare.py", f"--input={text}", "--dataset=random", f"--data_dir={folder}"])
-        options |= {"data_dir": folder, "out_dir": f"{folder}/run", "overwrite": True}
-
-        def ours():
-            process(["train.py", *as_flags(options)])
-            return float(read_metrics(f"{folder}/run")[-1]["tokens_per_s"])  # the first half includes compiling
-
-        speeds, _ = in_turn(config.pairs, ours)
+        runs = [measure.train(options | {"data_dir": folder})[1] for _ in range(config.pairs)]
+    speeds = [float(rows[-1]["tokens_per_s"]) for rows in runs]  # of the second half; the first includes compiling
     machine = pick_machine(config)
-    lines = [report("training, 124M shape, random tokens", "tokens/s", speeds, [], more_is_better=True)]
+    lines = [report("training, 124M shape, random tokens", "tokens/s", speeds)]
     if machine.peak_flops:
         with torch.device("meta"):
             flops = GPT(ModelConfig(**shape), ids).flops_per_token()
         shares = [speed * flops / machine.peak_flops for speed in speeds]
-        lines.append(report("MFU of that", "of the data sheet's half-precision peak", shares, [], more_is_better=True))
+        lines.append(report("MFU of that", "of the data sheet's half-precision peak", shares))
     return lines
 
 
@@ -128,16 +111,14 @@ def generate(config: BenchConfig) -> list[Line]:
         ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
     ):
         options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
-        ours = partial(program, "generate", model="quill", batch_size=batch_size, **options)
-        theirs = partial(program, "generate", model="nanogpt", peer=config.peer, batch_size=1, **options)
-        figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-        lines.append(report(f"generation, {name} (peer one at a time)", "tokens/s", *figures, more_is_better=True))
+        speed = partial(measure.program, "generate", batch_size=1, **options)
+        ours = partial(speed, model="quill", batch_size=batch_size)
+        theirs = partial(speed, model="nanogpt", peer=config.peer)
+        what = f"generation, {name}"
+        lines.append(report(f"{what} (peer one at a time)", "tokens/s", *in_turn(config, ours, theirs)))
         if config.peer and batch_size == 1 and find_spec("transformers"):
-            theirs = partial(program, "generate", model="transformers", batch_size=1, **options)
-            figures = in_turn(config.pairs, ours, theirs)
-            lines.append(
-                report(f"generation, {name}, with transformers as the peer", "tokens/s", *figures, more_is_better=True)
-            )
+            figures = in_turn(config, ours, partial(speed, model="transformers"))
+            lines.append(report(f"{what}, with transformers as the peer", "tokens/s", *figures))
     return lines
 
 
@@ -148,20 +129,18 @@ def recipe(config: BenchConfig) -> list[Line]:
     1, 2, …; the peer's seed is always the same.
     """
     seeds = count(1)
-    theirs = partial(peer_recipe_run, config) if config.peer else None
-    runs = in_turn(config.pairs, lambda: recipe_run(config, next(seeds)), theirs)
+    runs = in_turn(config, lambda: recipe_run(config, next(seeds)), lambda: peer_recipe_run(config))
     seconds, losses = ([[run[i] for run in side] for side in runs] for i in range(2))
-    lines = [report(f"{config.recipe}, whole process", "s", *seconds, more_is_better=False)]
+    lines = [report(f"{config.recipe}, whole process", "s", *seconds)]
     print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
-    return [*lines, report("best full-split val loss", "nats", *losses, more_is_better=False)]
+    return [*lines, report("best full-split val loss", "nats", *losses)]
 
 
 def recipe_run(config: BenchConfig, seed: int) -> tuple[float, float]:
     """Run `--recipe` once with train.py. → seconds, the best validation loss"""
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"out_dir": folder, "data_dir": config.data_dir, "seed": seed} | machine_options(config)
-        seconds, _ = process(["train.py", config.recipe, *as_flags(options)])
-        return seconds, min(float(line["val_loss"]) for line in read_metrics(folder))
+    options = {"data_dir": config.data_dir, "seed": seed} | machine_options(config)
+    seconds, rows = measure.train(options, config.recipe)
+    return seconds, min(float(row["val_loss"]) for row in rows)
 
 
 def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
@@ -191,7 +170,7 @@ def start(config: BenchConfig) -> list[Line]:
         def ours():
             began = time.perf_counter()
             argv = [sys.executable, "train.py", *as_flags(options)]
-            with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:
+            with subprocess.Popen(argv, cwd=measure.ROOT, stdout=subprocess.PIPE, text=True) as training:
                 assert training.stdout
                 if not any(line.startswith("step 1/") for line in training.stdout):
                     raise UserError("start: train.py ended before its first step")
@@ -199,8 +178,8 @@ def start(config: BenchConfig) -> list[Line]:
                 training.kill()
             return seconds - process(["-c", "import torch"])[0]
 
-        figures, _ = in_turn(config.pairs, ours)
-    return [report("start-up to the first step, without import torch", "s", figures, [], more_is_better=False)]
+        seconds = [ours() for _ in range(config.pairs)]
+    return [report("start-up to the first step, without import torch", "s", seconds)]
 
 
 def prepare(config: BenchConfig) -> list[Line]:
@@ -220,8 +199,8 @@ def prepare(config: BenchConfig) -> list[Line]:
         def theirs():
             # nanoGPT's script reads input.txt in its own folder: a copy of it, in the text's folder, reads our text.
             script = Path(config.peer) / "data" / "shakespeare_char" / "prepare.py"
-            (Path(folder) / "prepare.py").write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
+            shutil.copy(script, folder)
             return process(["prepare.py"], folder)[0]
 
-        figures = in_turn(config.pairs, ours, theirs if config.peer else None)
-    return [report(f"prepare {size:.0f} MB, char", "s", *figures, more_is_better=False)]
+        figures = in_turn(config, ours, theirs)
+    return [report(f"prepare {size:.0f} MB, char", "s", *figures)]

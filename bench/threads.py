@@ -4,11 +4,10 @@ import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
-from tempfile import TemporaryDirectory
 
 import torch
 
-from bench.measure import Line, as_flags, process, read_metrics, report
+from bench.measure import Line, report, train
 from quill.options import BenchConfig
 
 CONFIGS = {"config/names.py": 120, "config/shakespeare_char_cpu.py": 120}  # path: steps
@@ -33,14 +32,12 @@ def threads(config: BenchConfig) -> list[Line]:
                     ours.append(chosen)
                     peer.append(max(one, every))
             what = f"{path}, {'busy' if busy else 'quiet'}, auto (peer: the better of 1 and all)"
-            lines.append(report(what, "tokens/s", ours, peer, more_is_better=True))
+            lines.append(report(what, "tokens/s", ours, peer))
     return lines
 
 
 def speed(path: str, steps: int, config: BenchConfig, number: int | str) -> float:
     """Train for `steps` steps with `number` threads. → the median of metrics.csv's tokens per second"""
-    with TemporaryDirectory() as folder:
-        options = {"threads": number, "max_iters": steps, "eval_interval": steps // 4, "final_samples": 0}
-        options |= {"out_dir": f"{folder}/run", "data_dir": config.data_dir}
-        process(["train.py", path, *as_flags(options)])
-        return statistics.median(float(row["tokens_per_s"]) for row in read_metrics(f"{folder}/run")[1:])
+    options = {"threads": number, "max_iters": steps, "eval_interval": steps // 4, "final_samples": 0}
+    _, rows = train(options | {"data_dir": config.data_dir}, path)
+    return statistics.median(float(row["tokens_per_s"]) for row in rows[1:])
