@@ -197,10 +197,7 @@ def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> d
     nanogpt_option = NANOGPT_OPTIONS.get(schema, {}).get(key)
     if nanogpt_option is None:
         raise UserError(f"{where}there is no option {key}{did_you_mean(key, types_)}")
-    becomes = {}
-    for old, options in nanogpt_option.becomes.items():
-        if coerce(value, type(old), where, key) == old:
-            becomes = options
+    becomes = nanogpt_option.becomes and nanogpt_option.becomes[coerce(value, bool, where, key)]
     if nanogpt_option.only is not None and value != nanogpt_option.only:
         raise UserError(f"{where}{key}: {nanogpt_option.notice}")
     note(f"note: {key}: {nanogpt_option.notice}")
@@ -214,57 +211,40 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     "none" as None. A Literal takes its members only. Raise a UserError with `where`, `key` and the values that the
     option takes if `value` is none of them.
     """
-    choices = typing.get_args(kind)
     if not isinstance(value, (str, int, float, types.NoneType)):
         raise UserError(f"{where}{key} takes a number, a text in quotes, True or False, not {_as_text(value, repr)}")
-    if any(typing.get_origin(choice) is typing.Literal for choice in choices):  # such as int | Literal["auto"]
-        kind, words = choices
-        if value in typing.get_args(words):
-            return value
-        try:
-            return coerce(value, kind, where, key)
-        except UserError as error:
-            raise UserError(f"{error}; or {' or '.join(typing.get_args(words))}") from None
-    if typing.get_origin(kind) is typing.Literal:
-        for choice in choices:
-            if value == choice and type(value) is type(choice):
-                return choice
-            if isinstance(choice, bool) and _as_bool(value) is choice:
-                return choice
-        names = [str(c) for c in choices]
+    is_literal = typing.get_origin(kind) is typing.Literal
+    first, *others = (kind,) if is_literal else typing.get_args(kind) or (kind,)  # such as int | Literal["auto"]
+    for part in (first, *others):
+        with suppress(ValueError, OverflowError):
+            return _convert(value, part)
+    if is_literal:
+        names = [str(choice) for choice in typing.get_args(kind)]
         raise UserError(f"{where}{key} is one of {', '.join(names)}, not {value!r}{did_you_mean(str(value), names)}")
-    if types.NoneType in choices:
-        if value is None or (isinstance(value, str) and value.lower() in ("", "none")):
-            return None
-        kind = choices[0]
+    wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes"}[first]
+    words = [word for part in others for word in typing.get_args(part)]  # NoneType has none
+    raise UserError(f"{where}{key} takes {wanted}, not {value!r}" + f"; or {' or '.join(words)}" * bool(words))
+
+
+def _convert(value, kind):
+    """`value` as `kind`: str, int, float, bool, NoneType or a Literal. Raise a ValueError if that is not possible."""
     if kind is str and isinstance(value, str):
         return value
-    if kind is bool and _as_bool(value) is not None:
-        return _as_bool(value)
-    if kind in (int, float) and (number := _as_number(value, kind)) is not None:
-        return number
-    wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes"}[kind]
-    raise UserError(f"{where}{key} takes {wanted}, not {value!r}")
-
-
-def _as_number(value: Any, kind: type) -> int | float | None:
-    """`value` as an int or a float; None if it is not a number, or has a fraction where an int is wanted."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if kind is types.NoneType and str(value).lower() in ("", "none"):
         return None
-    for parse in (int, float):  # int first: a float would round large ones
-        try:
-            number = parse(value) if isinstance(value, str) else value
-            if kind is float:
-                return float(number)
-        except (ValueError, OverflowError):
-            continue
-        if number == number and abs(number) != float("inf") and int(number) == number:
-            return int(number)
-    return None
-
-
-def _as_bool(value: Any) -> bool | None:
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if kind in (int, float) and value is not None and not isinstance(value, bool):
+        if kind is int and isinstance(value, str):
+            with suppress(ValueError):
+                return int(value)  # a float would round large ones
+        number = float(value) if kind is float or isinstance(value, str) else value
+        if kind is float or int(number) == number:
+            return kind(number)
+    words = {"true": True, "1": True, "false": False, "0": False}
+    for choice in (True, False) if kind is bool else typing.get_args(kind):
+        given = words.get(str(value).lower()) if isinstance(choice, bool) else value
+        if given == choice and type(given) is type(choice):
+            return choice
+    raise ValueError
 
 
 def option_types(schema: Any) -> dict[str, Any]:

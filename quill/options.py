@@ -286,12 +286,12 @@ class BenchConfig(SystemConfig, heading="Benchmarks"):
 class NanoGPTOption:
     """An option of nanoGPT that quill does not have. quill prints `notice` and continues.
 
-    becomes: for some values of the key, the options that have the same effect. Other values change nothing.
+    becomes: if not empty, the key is a bool, and these are the options that have the effect of True and of False.
     only: the one value that is accepted; None accepts every value.
     """
 
     notice: str
-    becomes: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    becomes: dict[bool, dict[str, Any]] = field(default_factory=dict)
     only: str | None = None
 
 
