@@ -197,7 +197,7 @@ def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> d
     nanogpt_option = NANOGPT_OPTIONS.get(schema, {}).get(key)
     if nanogpt_option is None:
         raise UserError(f"{where}there is no option {key}{did_you_mean(key, types_)}")
-    becomes = nanogpt_option.becomes and nanogpt_option.becomes[coerce(value, bool, where, key)]
+    becomes = nanogpt_option.becomes[coerce(value, bool, where, key)] if nanogpt_option.becomes else {}
     if nanogpt_option.only is not None and value != nanogpt_option.only:
         raise UserError(f"{where}{key}: {nanogpt_option.notice}")
     note(f"note: {key}: {nanogpt_option.notice}")
