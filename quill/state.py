@@ -73,8 +73,14 @@ class TrainState:
     def add_optimizers(self, saved: dict[str, Any] | None = None) -> None:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
         self.optimizers = make_optimizers(self.model, self.config)
-        if saved is not None and self.config.init_from == "resume":
-            self._load_optimizers(saved)
+        if saved is None or self.config.init_from != "resume":
+            return
+        optimizers = [optimizer for optimizer, _ in self.optimizers]
+        check_moments(optimizers, saved["optimizers"], self.progress.step, self.config.out_dir)
+        for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
+            checkpoint.load_optimizer(optimizer, moments)
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
 
     @property
     def eval_model(self) -> GPT:
@@ -98,7 +104,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. The options and flags are not restored from `saved`."""
+        """Restore what `state_dict` returned, without options and flags; `add_optimizers` restores the optimizers."""
         for f in fields(Progress):
             setattr(self.progress, f.name, saved[f.name])
         self.progress.losses = list(saved["losses"])
@@ -107,16 +113,6 @@ class TrainState:
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
             self.ema.n_averaged.fill_(self.progress.step)
-        if self.optimizers:
-            self._load_optimizers(saved)
-
-    def _load_optimizers(self, saved):
-        optimizers = [optimizer for optimizer, _ in self.optimizers]
-        check_moments(optimizers, saved["optimizers"], self.progress.step, self.config.out_dir)
-        for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, moments)
-        if self.scaler.is_enabled() and saved["scaler"]:
-            self.scaler.load_state_dict(saved["scaler"])
 
     def read_losses(self) -> tuple[list[float], list[float]]:
         """Return the losses and the gradient norms of the pending steps. Raise a UserError if one is not finite.
