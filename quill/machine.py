@@ -18,20 +18,17 @@ from quill.cores import free_cores
 from quill.distributed import ProcessGroup
 from quill.errors import UserError
 
-# Dense bf16 peaks (V100, T4: fp16) in FLOP/s, from NVIDIA's data sheets, by words of the device's name. The first match
-# counts.
+# Dense bf16 peaks (V100, T4: fp16) in FLOP/s, from NVIDIA's data sheets, by regular expressions for the words of a
+# device's name. The first match counts.
 PEAK_FLOPS = {
-    "GH200": 989e12,
-    "H200": 989e12,
     "H100 PCIe": 756e12,
-    "H100": 989e12,
+    "GH200|H200|H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
-    "A10": 125e12,
+    "A10|V100": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
-    "V100": 125e12,
     "T4": 65e12,
 }
 
@@ -63,7 +60,7 @@ class Machine:
         """The device's peak in FLOP/s, in half precision, from its data sheet. None where it is not known."""
         if self.dtype == torch.float32:
             return None
-        return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", self.name)), None)
+        return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b({words})\b", self.name)), None)
 
 
 @contextmanager
@@ -186,12 +183,10 @@ def _best_dtype(device):
     if device.type == "cuda":
         # Older cards emulate bf16, which is slower than fp32.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        # With bf16 instructions, a step takes 0.42 to 0.73 of its time in fp32 (docs/records/).
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-        return torch.bfloat16 if native else torch.float32
-    return torch.float32
+    # With a CPU's bf16 instructions, a step takes 0.42 to 0.73 of its time in fp32 (docs/records/).
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = device.type == "cpu" and any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+    return torch.bfloat16 if native else torch.float32
 
 
 def compile_model(
