@@ -64,7 +64,7 @@ class TensorBoard(Observer):
             for path in self.folder.glob("events.out.tfevents.*.hparams"):
                 path.unlink()
             with SummaryWriter(self.folder, filename_suffix=".hparams") as writer:
-                self._add_summary(writer, start, 0)
+                writer._get_file_writer().add_summary(start, 0)  # SummaryWriter has no method for such a summary
             # Steps after the checkpoint will run again; purge_step drops their old points. TensorBoard ignores the
             # first purge_step that it finds, so a new run writes one too.
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1, flush_secs=10)
@@ -125,14 +125,9 @@ class TensorBoard(Observer):
     def close(self) -> None:
         """Mark the run's end, and close the event file."""
         with self._writing():
-            self._add_summary(self.writer, self.end, self.progress.step)
+            self.writer._get_file_writer().add_summary(self.end, self.progress.step)
             self.writer.close()
         threading.excepthook = self.hook_before
-
-    @staticmethod
-    def _add_summary(writer, summary, step):
-        """Add a summary that SummaryWriter has no method for."""
-        writer.file_writer.add_summary(summary, step)
 
 
 def signed_colors(matrix: torch.Tensor) -> torch.Tensor:
