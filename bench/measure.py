@@ -49,8 +49,8 @@ def run_python(argv: list[str], cwd: Path | str, stdin: str | None) -> subproces
 
 
 def program(name: str, **options: Any) -> Any:
-    """Run bench/programs/`name`.py in a new process. → the JSON value on the last line that it prints"""
-    _, out = process(["-m", f"bench.programs.{name}"], stdin=json.dumps(options))
+    """Run bench/`name`.py in a new process. → the JSON value on the last line that it prints"""
+    _, out = process(["-m", f"bench.{name}"], stdin=json.dumps(options))
     return json.loads(out.splitlines()[-1])
 
 

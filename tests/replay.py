@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from bench.generation import load_model_module
 from bench.measure import Line, as_flags, process, read_metrics
 from bench.peers import SHAKESPEARE_10M
-from bench.programs.generate import load_model_module
 from model import GPT
 from quill.data.batches import Batches, derive_seed
 from quill.data.token_files import open_dataset

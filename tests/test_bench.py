@@ -19,11 +19,10 @@ import prepare
 import sample
 import train
 from bench import __main__ as bench
-from bench import measure, peers
+from bench import generation, measure, peers
 from bench import threads as threads_bench
 from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import counts, draw
-from bench.programs import generate as generate_program
 from quill.cli import read_config_file
 from quill.data import token_files
 from quill.errors import UserError
@@ -246,8 +245,8 @@ SMALL |= {"device": "cpu", "dtype": "float32", "batch_size": 1}
 
 def test_programs_that_generate(peer):
     """Ours in a new process, as the bench runs it; the peer's in this one."""
-    assert measure.program("generate", model="quill", **SMALL) > 0
-    assert generate_program.main("nanogpt", peer=str(peer), **SMALL) > 0
+    assert measure.program("generation", model="quill", **SMALL) > 0
+    assert generation.main("nanogpt", peer=str(peer), **SMALL) > 0
 
 
 @pytest.mark.slow

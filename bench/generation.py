@@ -1,4 +1,4 @@
-"""Generate with random weights: quill's model, nanoGPT's, or transformers' GPT-2. Prints tokens per second.
+"""Generate with random weights: quill's model, nanoGPT's, or transformers' GPT-2. Options and result are JSON.
 
 On a GPU, all compute in `dtype`, nanoGPT by autocast as in its sample.py. On a CPU, nanoGPT and transformers compute in
 float32, where transformers is faster.

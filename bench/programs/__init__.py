@@ -1,1 +1,0 @@
-"""Programs that a bench starts in processes of their own: options as JSON on stdin, the result as JSON on stdout."""
