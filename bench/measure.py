@@ -48,9 +48,9 @@ def run_python(argv: list[str], cwd: Path | str, stdin: str | None) -> subproces
     return subprocess.run(argv, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8")
 
 
-def program(name: str, **options: Any) -> Any:
-    """Run bench/`name`.py in a new process. → the JSON value on the last line that it prints"""
-    _, out = process(["-m", f"bench.{name}"], stdin=json.dumps(options))
+def program(module: str, **options: Any) -> Any:
+    """Run `python -m module` with `options` as JSON on its stdin. → the JSON value on the last line that it prints"""
+    _, out = process(["-m", module], stdin=json.dumps(options))
     return json.loads(out.splitlines()[-1])
 
 

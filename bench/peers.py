@@ -111,7 +111,7 @@ def generate(config: BenchConfig) -> list[Line]:
         ("124M, one sample", GPT2, GPT2_IDS, 1, 100),
     ):
         options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
-        speed = partial(measure.program, "generation", batch_size=1, **options)
+        speed = partial(measure.program, "bench.generation", batch_size=1, **options)
         ours = partial(speed, model="quill", batch_size=batch_size)
         theirs = partial(speed, model="nanogpt", peer=config.peer)
         what = f"generation, {name}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.generation import load_model_module
-from bench.measure import Line, as_flags, process, read_metrics
+from bench.measure import Line, as_flags, process, program, read_metrics
 from bench.peers import SHAKESPEARE_10M
 from model import GPT
 from quill.data.batches import Batches, derive_seed
@@ -38,8 +38,7 @@ def replay(cases: list[str], config: BenchConfig, shape: dict[str, Any] = SHAKES
     with tempfile.TemporaryDirectory() as folder:
         process(["train.py", *as_flags(options), f"--out_dir={folder}", "--eval_iters=1"])
         ours = [float(row["train_loss"]) for row in read_metrics(folder)]
-    _, out = process(["-m", "tests.replay"], stdin=json.dumps({"peer": config.peer, "options": options}))
-    steps = json.loads(out.splitlines()[-1])
+    steps = program("tests.replay", peer=config.peer, options=options)
     theirs = [statistics.mean(steps[i : i + 5]) for i in range(0, len(steps), 5)]
     difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"{len(steps)} steps, loss {ours[0]:.4f} to {ours[-1]:.4f}: at most {difference:.2g} from the peer's")

@@ -245,7 +245,7 @@ SMALL |= {"device": "cpu", "dtype": "float32", "batch_size": 1}
 
 def test_programs_that_generate(peer):
     """Ours in a new process, as the bench runs it; the peer's in this one."""
-    assert measure.program("generation", model="quill", **SMALL) > 0
+    assert measure.program("bench.generation", model="quill", **SMALL) > 0
     assert generation.main("nanogpt", peer=str(peer), **SMALL) > 0
 
 
