@@ -105,8 +105,7 @@ class TrainState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, without options and flags; `add_optimizers` restores the optimizers."""
-        for f in fields(Progress):
-            setattr(self.progress, f.name, saved[f.name])
+        self.progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
         self.progress.losses = list(saved["losses"])
         self.data_order = saved["data_order"]
         self.model.load_state_dict(saved["model"])
