@@ -167,16 +167,11 @@ def _pick_gpu(device, group):
 
 def _device(text, group):
     if text == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() and group.world_size == 1 else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
+        mps = torch.backends.mps.is_available() and group.world_size == 1
+        text = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not re.fullmatch("cuda(:0|:[1-9][0-9]?)?|(cpu|mps)(:0)?", text):
         raise UserError(f"--device={text}: there is no such device; use auto, cpu, cuda, cuda:1 or mps")
-    return device
+    return torch.device(text)
 
 
 def _best_dtype(device):
