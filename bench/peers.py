@@ -129,18 +129,17 @@ def recipe(config: BenchConfig) -> list[Line]:
     1, 2, …; the peer's seed is always the same.
     """
     seeds = count(1)
-    runs = in_turn(config, lambda: recipe_run(config, next(seeds)), lambda: peer_recipe_run(config))
+
+    def ours():
+        options = {"data_dir": config.data_dir, "seed": next(seeds)} | machine_options(config)
+        seconds, rows = measure.train(options, config.recipe)
+        return seconds, min(float(row["val_loss"]) for row in rows)
+
+    runs = in_turn(config, ours, partial(peer_recipe_run, config))
     seconds, losses = ([[run[i] for run in side] for side in runs] for i in range(2))
     lines = [report(f"{config.recipe}, whole process", "s", *seconds)]
     print(f"mean of {len(losses[0])} seeds: {statistics.mean(losses[0]):.4f}")
     return [*lines, report("best full-split val loss", "nats", *losses)]
-
-
-def recipe_run(config: BenchConfig, seed: int) -> tuple[float, float]:
-    """Run `--recipe` once with train.py. → seconds, the best validation loss"""
-    options = {"data_dir": config.data_dir, "seed": seed} | machine_options(config)
-    seconds, rows = measure.train(options, config.recipe)
-    return seconds, min(float(row["val_loss"]) for row in rows)
 
 
 def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
