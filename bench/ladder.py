@@ -5,14 +5,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench.measure import ROOT, Line, machine_options, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
 from quill.files import replacing
 from quill.options import BenchConfig, TrainConfig
+from quill.scoring import count_losses
 
 ROW, LEFT, WIDTH = 38, 190, 720  # pixels: a rung's height, where the scale begins, the picture's width
 STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
@@ -46,14 +45,9 @@ def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> list[Line]
     """Print the losses of a die, of counted tokens and of counted pairs; each count starts at 1. → a line for each"""
     prepare_if_missing(dataset, config.data_dir)
     data = open_dataset(config.data_dir, dataset)
-    V, train, val = data.tokenizer.vocab_size, data.train.astype(int), data.val.astype(int)
-    singles = np.bincount(train, minlength=V) + 1
-    pairs = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1
-    unigram, bigram = singles / singles.sum(), pairs / pairs.sum(axis=1, keepdims=True)
-    models = (("die", 0, np.full(len(val) - 1, 1 / V)), ("unigram", V, unigram[val[1:]]))
-    lines = []
-    for name, n, probs in (*models, ("pairs", V * V, bigram[val[:-1], val[1:]])):
-        loss = -float(np.log(probs).mean())
+    V, lines = data.tokenizer.vocab_size, []
+    losses = count_losses(data.train, data.val, V).values()
+    for name, n, loss in zip(("die", "unigram", "pairs"), (0, V, V * V), losses, strict=True):
         print(f"{name:12} {n:9,} parameters  val loss {loss:.3f}")
         lines.append({"rung": name, "parameters": n, "val_loss": loss, "seconds": 0, "runs": [{"val_loss": loss}]})
     return lines

@@ -197,3 +197,16 @@ def to_json(rows: Iterable[Row], text: str) -> str:
     if math.isinf(values["perplexity"]):
         values["perplexity"] = None
     return json.dumps(values | {"rows": objects}, ensure_ascii=False, allow_nan=False)
+
+
+def count_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """Return the mean losses on `val` of a die, of counted tokens and of counted pairs; each count starts at 1.
+
+    train, val: ids, (tokens,). The losses are in nats per token.
+    """
+    V, train, val = vocab_size, train.astype(int), val.astype(int)
+    singles = np.bincount(train, minlength=V) + 1
+    pairs = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1
+    unigram, bigram = singles / singles.sum(), pairs / pairs.sum(axis=1, keepdims=True)
+    chances = {"die": np.full(len(val) - 1, 1 / V), "unigram": unigram[val[1:]], "bigram": bigram[val[:-1], val[1:]]}
+    return {name: -float(np.log(chance).mean()) for name, chance in chances.items()}
