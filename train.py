@@ -115,11 +115,18 @@ def train(
     """Train until max_iters, patience or a signal ends the run. → exit code"""
     progress, group = state.progress, machine.group
     while progress.step < config.max_iters:
+        observers.before_step(stop)
+        if stopped_by := stop.agreed(group):
+            if state.pending:
+                observers.log(*state.read_losses())
+            group.on_rank_0(save, state, False)
+            name = signal.Signals(stopped_by).name
+            observers.say(f"stopped by {name} at step {progress.step}; continue with --init_from=resume")
+            return 128 + stopped_by
         began = time.perf_counter()
         tokens = train_step(state, data.train_batches, config, machine)
-        stopped_by, evaluating = stop.agreed(group), config.evaluates_after(progress.step)
-        entry = None
-        if progress.step % config.log_interval == 0 or evaluating or stopped_by:
+        evaluating, entry = config.evaluates_after(progress.step), None
+        if progress.step % config.log_interval == 0 or evaluating:
             entry = state.read_losses()
         observers.stepped(tokens, time.perf_counter() - began)
         if entry:
@@ -132,12 +139,7 @@ def train(
         if evaluating:
             group.on_rank_0(observers.evaluated, val_loss)
             progress.losses = []
-        if evaluating or stopped_by:
             group.on_rank_0(save, state, better)
-        if stopped_by:
-            name = signal.Signals(stopped_by).name
-            observers.say(f"stopped by {name} at step {progress.step}; continue with --init_from=resume")
-            return 128 + stopped_by
         if evaluating and state.out_of_patience:
             observers.say(f"stopped early: {config.patience} evaluations without a better one")
             break

@@ -21,7 +21,7 @@ import warnings
 import zipfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -50,13 +50,18 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
     """Write `state` to `path`, whole or not at all. Raise a UserError if it can't be written."""
     try:
         with replacing(path) as (file,):
-            try:
-                torch.save({"format": FORMAT, **state}, file)
-            except RuntimeError as error:
-                # torch's zip writer raises an error of its own while it handles a failed write.
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            write(file, state)
     except UserError as error:
         raise UserError(f"{error}; {what_is_kept(Path(path).parent)}") from None
+
+
+def write(file: BinaryIO, state: dict[str, Any]) -> None:
+    """Write `state` to an open file. Raise an OSError if the operating system refuses."""
+    try:
+        torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError as error:
+        # torch's zip writer raises an error of its own while it handles a failed write.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load(path: Path | str) -> dict[str, Any]:

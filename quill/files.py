@@ -5,12 +5,15 @@ Nothing here writes through a symbolic link: a temporary file is always a new fi
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from quill.errors import UserError
+
+LARGEST = 2**24  # bytes of a file that `read_small` reads
 
 
 @contextmanager
@@ -59,6 +62,22 @@ def open_without_links(path: Path, flags: int) -> int:
     if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():  # Windows
         raise OSError(0, "is a symbolic link", str(path))
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def read_small(path: Path, tail: int = 0) -> bytes | None:
+    """Return the content of a regular file, or with `tail` its last bytes.
+
+    None if it can't be read, if it has more than LARGEST bytes, or if it is a symbolic link.
+    """
+    try:
+        with open(open_without_links(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode) or (info.st_size > LARGEST and not tail):
+                return None
+            file.seek(max(0, info.st_size - tail) if tail else 0)
+            return file.read(tail or LARGEST)
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -171,6 +171,7 @@ class ReportConfig(Checked, heading="Evaluation, logging and samples during a ru
     sample_temperature: float = option(
         0.8, "temperature of these samples; 0 always takes the likeliest token", at_least=0
     )
+    page: bool = option(False, "write what the page of play.py shows to out_dir/page")
     tensorboard: bool = option(False, "write curves, samples, histograms and attention for TensorBoard to out_dir")
 
     def _check_group(self) -> None:

@@ -18,7 +18,7 @@ from quill.files import folder_lock, replacing
 from quill.options import RunConfig, TrainConfig
 
 CHECKPOINTS = ("last.pt", "best.pt")  # the first one that exists is resumed
-EVENTS = "tensorboard/events.out.tfevents.*"
+WRITTEN_BY_OBSERVERS = ("tensorboard/events.out.tfevents.*", "page/state.json", "page/live.pt", "page/step-*.pt")
 VOLATILE = ("init_from", "overwrite", "device", "threads")  # options that may differ between two starts of one run
 
 
@@ -42,7 +42,8 @@ class RunFolder:
     def find_run(self) -> list[Path]:
         """Everything in the folder that belongs to a run, quill's or nanoGPT's."""
         files = [self.path / name for name in (*CHECKPOINTS, "ckpt.pt", "metrics.csv")]
-        return [path for path in files if path.is_symlink() or path.exists()] + sorted(self.path.glob(EVENTS))
+        found = [path for path in files if path.is_symlink() or path.exists()]
+        return found + [path for pattern in WRITTEN_BY_OBSERVERS for path in sorted(self.path.glob(pattern))]
 
     def refuse_another_run(self, config: TrainConfig) -> None:
         """Raise a UserError if the folder has a run that a new run with the options `config` would replace.

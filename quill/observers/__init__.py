@@ -1,7 +1,7 @@
 """The output of a run: console, metrics.csv, TensorBoard. Observers do not affect training.
 
-The training loop calls `Observers`, which measures the speed and calls each observer in turn: metrics.csv, the console
-and, with --tensorboard=True, TensorBoard. On ranks other than 0 there are no observers.
+The training loop calls `Observers`, which measures the speed and calls each observer in turn: metrics.csv, the console,
+TensorBoard with --tensorboard=True, and the files of the page with --page=True. Ranks other than 0 have no observers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 from quill.data.batches import Batches
 from quill.generation import draw_samples
-from quill.machine import Machine
+from quill.machine import Machine, StopSignals
 from quill.observers.console import Console
 from quill.observers.metrics_csv import MetricsFile
 from quill.observers.observer import Evaluation, LogEntry, Observer
+from quill.observers.page import Page
 from quill.observers.tensorboard import TensorBoard
 from quill.optimizer import learning_rate
 from quill.scoring import bits_per_byte
@@ -35,6 +36,8 @@ class Observers:
             board = [TensorBoard(state, val_batches)] if config.tensorboard else []
             self.console = Console(config, step, machine, state.model.flops_per_token())
             self.observers = [MetricsFile(config.out_dir, step), self.console, *board]
+            if config.page:
+                self.observers.append(Page(state))
             rows = config.eval_iters * config.batch_size or None
             self.bytes_per_token = val_batches.bytes_per_token(state.tokenizer.token_bytes(), rows)
 
@@ -60,6 +63,10 @@ class Observers:
         """The speed of training since the last evaluation, without the time of evaluations."""
         return self.tokens / max(self.busy, 1e-9)
 
+    def before_step(self, stop: StopSignals) -> None:
+        """Report that a training step is next. This returns when no observer waits any longer."""
+        self.tell("before_step", stop)
+
     def stepped(self, tokens: int, seconds: float) -> None:
         """Report a training step: the number of tokens in its global batch, and the seconds that it took."""
         self.tokens += tokens
@@ -70,7 +77,8 @@ class Observers:
         """Report the losses and gradient norms of the steps since the last log entry."""
         step = self.state.progress.step
         loss, norm = math.fsum(losses) / len(losses), math.fsum(norms) / len(norms)
-        self.tell("logged", LogEntry(step, loss, norm, learning_rate(step - 1, self.config), self.tokens_per_s))
+        lr = learning_rate(step - 1, self.config)
+        self.tell("logged", LogEntry(step, loss, norm, lr, self.tokens_per_s, losses, norms))
 
     def evaluated(self, val_loss: float) -> None:
         """Report an evaluation, with the samples that observers show. Only rank 0 calls this."""

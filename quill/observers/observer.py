@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from quill.machine import StopSignals
+
 
 @dataclass(frozen=True)
 class LogEntry:
@@ -12,6 +14,8 @@ class LogEntry:
     gradient_norm: float
     lr: float  # of the last of these steps
     tokens_per_s: float  # since the last evaluation
+    losses: list[float]  # of each of these steps
+    gradient_norms: list[float]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Observer:
     """Base class of all observers: each method does nothing, and a subclass overrides those that it needs."""
 
     samples_wanted = 0  # samples to be drawn at each evaluation
+
+    def before_step(self, stop: StopSignals) -> None:
+        """A training step is next. An observer may wait here, as long as there is no signal to stop."""
 
     def stepped(self) -> None:
         """A training step has ended. The device may still be busy with it."""
