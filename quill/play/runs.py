@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -33,17 +34,15 @@ from quill.cli import CONFIG_DIR, coerce, config_files, option_types, read_confi
 from quill.data.corpora import CORPORA
 from quill.data.token_files import open_dataset
 from quill.errors import UserError
-from quill.files import open_without_links, replacing
+from quill.files import open_without_links, read_small, replacing
+from quill.observers.page import CURVE, read_state
 from quill.options import TrainConfig
 from quill.scoring import count_losses
 
 ROOT = CONFIG_DIR.parent
 BUNDLED = Path(__file__).parent / "microgpt.pt"
 OWN = {"out_dir", "data_dir", "init_from", "overwrite", "page", "eval_only", "dry_run", "vocab_size"}  # not the page's
-CURVE = ("step", "loss", "gradient_norm", "lr")
-KINDS = {"pid": int, "step": int, "max_iters": int, "status": str, "curve": dict, "note": str}
-KINDS |= {"evaluations": list, "samples": list, "snapshots": list}
-MOST_FOLDERS, MOST_RUNS, MOST_BYTES = 5000, 500, 2**24  # looked into, listed, read of a file
+MOST_FOLDERS, MOST_RUNS = 5000, 500  # looked into, listed
 LOG_LINES, PREPARING, STOPPING = 100, 60.0, 5.0  # lines; seconds
 
 
@@ -89,9 +88,10 @@ class Runs:
         """Return the folder of the run `name`. Raise UnknownRun for all that `names` can't return."""
         parts = [] if name == "." else name.split("/")
         folders = [self.out_dir.joinpath(*parts[: i + 1]) for i in range(len(parts))]
-        if len(parts) <= 3 and all(map(_is_name, parts)) and not any(folder.is_symlink() for folder in folders):
-            if _is_run(self.out_dir.joinpath(*parts)):
-                return self.out_dir.joinpath(*parts)
+        is_safe = len(parts) <= 3 and all(map(_is_name, parts)) and not any(folder.is_symlink() for folder in folders)
+        folder = self.out_dir.joinpath(*parts) if is_safe else None
+        if folder is not None and _is_run(folder):
+            return folder
         raise UnknownRun(f"there is no run {name[:80]!r}")
 
     def weights(self, name: str, step: int | None = None) -> Path:
@@ -121,7 +121,7 @@ class Runs:
     def run(self, name: str) -> dict[str, Any]:
         """Return the run object. A file that is missing, damaged or a link counts as absent."""
         run = self._outline(name)
-        log = b"" if name == "bundled" else _read(self._folder(name) / "page" / "log.txt", tail=2**16) or b""
+        log = b"" if name == "bundled" else read_small(self._folder(name) / "page" / "log.txt", tail=2**16) or b""
         lines = re.split(r"[\r\n]+", log.decode(errors="replace"))
         dataset = str(run["options"].get("dataset", ""))
         facts = {"documents": None, "train_tokens": None, "baselines": None}
@@ -142,19 +142,16 @@ class Runs:
         run["evaluations"] = self._cached(folder / "metrics.csv", _read_metrics) or []
         if run["evaluations"]:
             run["step"] = max(run["step"], run["evaluations"][-1]["step"])
-        state = self._cached(folder / "page" / "state.json", _read_state)
+        state = self._cached(folder / "page" / "state.json", read_state)
         run |= {key: value for key, value in (state or {}).items() if key in run}
         run["snapshots"] = [step for step in run["snapshots"] if (folder / "page" / f"step-{step:06}.pt").is_file()]
         if run["evaluations"]:
             run["val_loss"] = run["evaluations"][-1]["val_loss"]
-        pid = self._pid(folder)
-        if pid:
+        if pid := self._pid(folder):
             waits = state is not None and state["status"] == "waiting" and state["pid"] == pid
-            run["status"] = "waiting" if waits else "running"
-        else:
-            is_over = run["status"] == "finished" or (run["max_iters"] or 2**63) <= run["step"]
-            run["status"] = "finished" if is_over else "paused"
-        return run
+            return run | {"status": "waiting" if waits else "running"}
+        is_over = run["status"] == "finished" or (run["max_iters"] or 2**63) <= run["step"]
+        return run | {"status": "finished" if is_over else "paused"}
 
     def signature(self, name: str) -> tuple[Any, ...]:
         """Return a value that changes when the run object does: see /api/events."""
@@ -223,7 +220,7 @@ class Runs:
             raise UserError("the bundled model is trained; start a run of config/microgpt.py")
         folder = self._folder(name)
         pid, path = self._pid(folder), folder / "page" / "control"
-        state = self._cached(folder / "page" / "state.json", _read_state)
+        state = self._cached(folder / "page" / "state.json", read_state)
         if action == "pause":
             self._stop(folder, pid, state)
             return
@@ -241,7 +238,7 @@ class Runs:
         return process.pid if process and process.returncode is None else lock_holder(folder)
 
     def _stop(self, folder: Path, pid: int, state: dict[str, Any] | None) -> None:
-        """Send SIGTERM to the run's process, if it is the one in state.json or was started here, and wait for its end."""
+        """Send SIGTERM to the process, if it was started here or is the one in state.json, and wait for its end."""
         process = self.processes.get(folder)
         if process and process.returncode is None:
             process.terminate()
@@ -283,7 +280,7 @@ class Runs:
 
     def _read_command(self, path: Path) -> dict[str, Any] | None:
         try:
-            command = json.loads(_read(path) or b"")
+            command = json.loads(read_small(path) or b"")
             config, options = command["config"], dict(command["options"])
             return {"config": config, "options": options, "resolved": self._resolve(config, options)}
         except (ValueError, KeyError, TypeError, RecursionError, UserError):
@@ -377,19 +374,6 @@ def _changed(path: Path) -> int:
         return 0
 
 
-def _read(path: Path, tail: int = 0) -> bytes | None:
-    """The content of a regular file, or the end of it; None if it can't be read, is a link or is too large."""
-    try:
-        with open(open_without_links(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or (info.st_size > MOST_BYTES and not tail):
-                return None
-            file.seek(max(0, info.st_size - tail) if tail else 0)
-            return file.read(tail or MOST_BYTES)
-    except OSError:
-        return None
-
-
 def _write(path: Path, text: str) -> None:
     with replacing(path) as (file,):
         file.write(text.encode())
@@ -433,35 +417,15 @@ def _empty(name: str, title: str) -> dict[str, Any]:
     }
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
-    """The content of state.json; None if it is damaged, has another format or could not become JSON again."""
-    try:
-        state = json.loads((_read(path) or b"").decode(), parse_constant=_finite, parse_float=_finite)
-        curve = state["curve"]
-        right = state["format"] == 1 and all(type(state[key]) is kind for key, kind in KINDS.items())
-        right = right and all(type(curve[key]) is list and len(curve[key]) == len(curve["step"]) for key in CURVE)
-        right = right and all(type(step) is int for step in state["snapshots"])
-        right = right and all(type(row["step"]) is int and "val_loss" in row for row in state["evaluations"])
-        json.dumps([state["note"], state["samples"], state["evaluations"]], ensure_ascii=False).encode()
-        return state if right else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if number - number != 0:
-        raise ValueError(f"{text} is not a finite number")
-    return number
-
-
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """The evaluations in metrics.csv. Rows that are damaged are left out."""
     rows = []
-    for row in csv.DictReader((_read(path) or b"").decode(errors="replace").splitlines()):
+    for row in csv.DictReader((read_small(path) or b"").decode(errors="replace").splitlines()):
         with suppress(ValueError, KeyError, TypeError):
             keys = ("train_loss", "val_loss", "tokens_per_s", "seconds")
-            rows.append({"step": int(row["step"])} | {key: _finite(row[key]) for key in keys})
+            values = {key: float(row[key]) for key in keys}
+            if all(map(math.isfinite, values.values())):
+                rows.append({"step": int(row["step"])} | values)
     return rows
 
 
