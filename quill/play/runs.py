@@ -40,6 +40,7 @@ from quill.options import TrainConfig
 from quill.scoring import count_losses
 
 ROOT = CONFIG_DIR.parent
+TRAIN, PREPARE = ROOT / "train.py", ROOT / "prepare.py"
 BUNDLED = Path(__file__).parent / "microgpt.pt"
 OWN = {"out_dir", "data_dir", "init_from", "overwrite", "page", "eval_only", "dry_run", "vocab_size"}  # not the page's
 MOST_FOLDERS, MOST_RUNS = 5000, 500  # looked into, listed
@@ -265,7 +266,7 @@ class Runs:
         arguments += [f"--out_dir={folder}", f"--data_dir={self.data_dir}", "--page=True"]
         with _writing(folder / "page" / "log.txt") as log:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *arguments],
+                [sys.executable, str(TRAIN), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -309,7 +310,7 @@ class Runs:
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / "text.txt"
             source.write_bytes(text.encode(errors="replace"))
-            command = [sys.executable, str(ROOT / "prepare.py"), f"--input={source}", *arguments]
+            command = [sys.executable, str(PREPARE), f"--input={source}", *arguments]
             try:
                 subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=PREPARING)
                 return folder.name
