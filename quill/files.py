@@ -17,7 +17,7 @@ LARGEST = 2**24  # bytes of a file that `read_small` reads
 
 
 @contextmanager
-def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
+def replacing(*paths: str | Path, durable: bool = True) -> Iterator[list[BinaryIO]]:
     """Write new versions of `paths`, and put them in place together when the `with` block ends.
 
     The block gets one binary file per path. These are new temporary files in the folder of the first path, which is
@@ -26,6 +26,8 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
 
     With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
     the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.
+
+    durable: sync the files to the disk. Without it they are written faster, and a power cut may damage them.
 
     Raise a UserError if the operating system refuses a write, for example because the disk is full.
     """
@@ -40,12 +42,13 @@ def replacing(*paths: str | Path) -> Iterator[list[BinaryIO]]:
             yield files
             for file in files:
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
         if len(targets) > 1:
             targets[-1].unlink(missing_ok=True)
         for source, target in zip(temporary, targets, strict=True):
             os.replace(source, target)
-        if os.name == "posix":  # make the renames survive a power cut; other systems can't open a folder
+        if os.name == "posix" and durable:  # make the renames survive a power cut; other systems can't open a folder
             descriptor = os.open(folder, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

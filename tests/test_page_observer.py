@@ -306,10 +306,10 @@ def test_files_that_cannot_be_written_cost_one_line(flags, tmp_path, capsys):
 def test_a_full_disk_costs_one_line_and_is_tried_again(flags, tmp_path, monkeypatch, capsys):
     fails = [True]
 
-    def failing(*paths):
+    def failing(*paths, **options):
         if fails[0]:
             raise UserError(f"can't write {paths[-1]}: No space left on device")
-        return replacing(*paths)
+        return replacing(*paths, **options)
 
     monkeypatch.setattr(page, "replacing", failing)
     monkeypatch.setattr(page, "INTERVAL", 0.001)

@@ -5,8 +5,8 @@
     step-000010.pt     a snapshot: the weights that evaluations use; up to 64, at equal distances
     control            written by the page: the run waits once it has done that many steps
 
-Every file is written whole. The two kinds of weights are checkpoints without optimizers, which sample.py reads too.
-Files that can't be written cost a line on stderr, and not the run.
+Every file is written whole, but a power cut may damage it. The two kinds of weights are checkpoints without optimizers,
+which sample.py reads too. Files that can't be written cost a line on stderr, and not the run.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class Page(Observer):
         }
         files = {"live.pt": self._checkpoint(weights, step, gradients=gradients)}
         files |= {f"step-{one:06}.pt": self._checkpoint(copy, one) for one, copy in self.waiting.items()}
-        with replacing(*(self.folder / name for name in files)) as opened:
+        with replacing(*(self.folder / name for name in files), durable=False) as opened:
             for file, saved in zip(opened, files.values(), strict=True):
                 checkpoint.write(file, saved)
         self.snapshots, self.waiting, self.weights_step = sorted([*self.snapshots, *self.waiting]), {}, step
@@ -288,5 +288,5 @@ class Page(Observer):
         state |= {"step": self.progress.step, "max_iters": self.config.max_iters, "stretch": self.curve.stretch}
         state |= {"curve": self.curve.to_json(), "evaluations": self.evaluations, "samples": self.samples}
         state |= {"snapshots": self.snapshots, "weights_step": self.weights_step}
-        with replacing(self.folder / "state.json") as (file,):
+        with replacing(self.folder / "state.json", durable=False) as (file,):
             file.write(json.dumps(state, ensure_ascii=False).encode())
