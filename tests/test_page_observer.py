@@ -107,7 +107,6 @@ def test_weights_are_bitwise_the_same_with_the_page_and_after_a_stop(flags, tmp_
     join()
     assert checkpoint.load(stopped / "last.pt")["step"] == 13
     assert state_of(stopped)["status"] == "stopped"
-    (stopped / "page" / "control").unlink()
     assert train.main(flags(out_dir=stopped, page=True, init_from="resume", **options)) == 0
     assert_same(tmp_path / "without" / "last.pt", stopped / "last.pt")
     assert state_of(stopped)["curve"] == state_of(tmp_path / "with")["curve"]
@@ -154,7 +153,6 @@ def test_a_run_that_is_stopped_before_its_first_step_resumes(flags, tmp_path):
     assert train.main(flags(page=True)) == 128 + signal.SIGINT
     join()
     assert checkpoint.load(folder / "last.pt")["step"] == 0
-    (folder / "page" / "control").unlink()
     assert train.main(flags(page=True, init_from="auto")) == 0
     assert train.main(flags(out_dir=tmp_path / "other")) == 0
     assert_same(folder / "last.pt", tmp_path / "other" / "last.pt")

@@ -181,6 +181,9 @@ class Page(Observer):
             time.sleep(LOOKING / 2)
             self.target = self._read_control()
         self.status = "running"
+        if stop.received:  # so that a resumed run does not wait again
+            with suppress(OSError):
+                (self.folder / "control").unlink()
 
     def _read_control(self):
         with suppress(ValueError):

@@ -9,7 +9,7 @@ A process is found by the lock of its run's folder, so that a server that starts
 
 from __future__ import annotations
 
-import csv
+import itertools
 import json
 import math
 import os
@@ -68,7 +68,7 @@ class Runs:
 
     def names(self) -> list[str]:
         """Return the names of the runs, the newest first. `bundled` is the model that ships with quill."""
-        found = sorted(self._folders(), key=lambda folder: -_changed(folder))[:MOST_RUNS]
+        found = sorted(self._folders(), key=_changed, reverse=True)[:MOST_RUNS]
         return ["bundled"] * BUNDLED.is_file() + [folder.relative_to(self.out_dir).as_posix() for folder in found]
 
     def _folders(self) -> Iterator[Path]:
@@ -87,12 +87,14 @@ class Runs:
 
     def _folder(self, name: str) -> Path:
         """Return the folder of the run `name`. Raise UnknownRun for all that `names` can't return."""
-        parts = [] if name == "." else name.split("/")
-        folders = [self.out_dir.joinpath(*parts[: i + 1]) for i in range(len(parts))]
-        is_safe = len(parts) <= 3 and all(map(_is_name, parts)) and not any(folder.is_symlink() for folder in folders)
-        folder = self.out_dir.joinpath(*parts) if is_safe else None
-        if folder is not None and _is_run(folder):
-            return folder
+        folder, parts = self.out_dir, [] if name == "." else name.split("/")
+        for part in parts:
+            folder = folder / part if _is_name(part) else folder / "page"
+            if folder.name == "page" or folder.is_symlink():
+                break
+        else:
+            if len(parts) <= 3 and _is_run(folder):
+                return folder
         raise UnknownRun(f"there is no run {name[:80]!r}")
 
     def weights(self, name: str, step: int | None = None) -> Path:
@@ -101,7 +103,8 @@ class Runs:
             paths = [BUNDLED] if step is None else []
         elif step is None:
             folder = self._folder(name)
-            paths = sorted((folder / file for file in ("last.pt", "best.pt", "page/live.pt")), key=_changed)[::-1]
+            files = [folder / file for file in ("page/live.pt", "last.pt", "best.pt")]
+            paths = sorted(files, key=_changed, reverse=True)
         else:
             paths = [self._folder(name) / "page" / f"step-{step:06}.pt"]
         for path in paths:
@@ -170,13 +173,13 @@ class Runs:
     def _cached(self, path: Path, read: Callable[[Path], Any]) -> Any:
         """`read(path)`, which is called again when the file has changed."""
         stamp = _stamp(path)
-        if stamp is None:
-            return None
-        if self.cache.get((path, read), (None,))[0] != stamp:
+        known, value = self.cache.get((path, read), (None, None))
+        if stamp is not None and stamp != known:
             if len(self.cache) > 4 * MOST_RUNS:
                 self.cache.clear()
-            self.cache[path, read] = stamp, read(path)
-        return self.cache[path, read][1]
+            value = read(path)
+            self.cache[path, read] = stamp, value
+        return value if stamp is not None else None
 
     # ------------------------------------------------------------ processes
 
@@ -204,10 +207,10 @@ class Runs:
         self._resolve(config, given)
         if text is not None:
             given["dataset"] = self._prepare(text, documents)
-        command = {"config": config, "options": given, "resolved": self._resolve(config, given)}
+        self._resolve(config, given)
         stem = Path(config).stem if config else re.sub(r"-\d+$", "", Path(str(run)).name)
         folder = _new_folder(self.out_dir / "play", stem or "run")
-        _write(folder / "page" / "command.json", json.dumps(command, ensure_ascii=False))
+        _write(folder / "page" / "command.json", json.dumps({"config": config, "options": given}))
         if paused:
             _write(folder / "page" / "control", "0")
         self._launch(folder)
@@ -225,11 +228,12 @@ class Runs:
         if action == "pause":
             self._stop(folder, pid, state)
             return
-        if action == "train":
-            path.unlink(missing_ok=True)
+        if action == "step":
+            step = state["step"] if state is not None and state["pid"] == pid else self._saved_step(folder)
+            _write(path, str(step + 1))
         else:
-            of_process = pid and state is not None and state["pid"] == pid
-            _write(path, str((state["step"] if of_process and state else self._saved_step(folder)) + 1))
+            with suppress(OSError):
+                path.unlink()
         if not pid:
             self._launch(folder)
 
@@ -391,16 +395,15 @@ def _writing(path: Path) -> Any:
 
 def _new_folder(parent: Path, stem: str) -> Path:
     """Make the first folder `stem`-1, `stem`-2, … in `parent` that does not exist."""
-    number = 1
-    while True:
-        try:
-            folder = parent / f"{stem}-{number}"
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise UserError(f"can't make a folder in {parent}: {error.strerror}") from None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            with suppress(FileExistsError):
+                (parent / f"{stem}-{number}").mkdir()
+                return parent / f"{stem}-{number}"
+    except OSError as error:
+        raise UserError(f"can't make a folder in {parent}: {error.strerror}") from None
+    raise AssertionError("there is a next number")
 
 
 def _empty(name: str, title: str) -> dict[str, Any]:
@@ -420,11 +423,12 @@ def _empty(name: str, title: str) -> dict[str, Any]:
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """The evaluations in metrics.csv. Rows that are damaged are left out."""
-    rows = []
-    for row in csv.DictReader((read_small(path) or b"").decode(errors="replace").splitlines()):
-        with suppress(ValueError, KeyError, TypeError):
-            keys = ("train_loss", "val_loss", "tokens_per_s", "seconds")
-            values = {key: float(row[key]) for key in keys}
+    lines = (read_small(path) or b"").decode(errors="replace").splitlines() or [""]
+    rows, names = [], lines[0].split(",")
+    for line in lines[1:]:
+        with suppress(ValueError, KeyError):
+            row = dict(zip(names, line.split(","), strict=True))
+            values = {key: float(row[key]) for key in ("train_loss", "val_loss", "tokens_per_s", "seconds")}
             if all(map(math.isfinite, values.values())):
                 rows.append({"step": int(row["step"])} | values)
     return rows
