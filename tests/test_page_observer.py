@@ -89,7 +89,13 @@ def control(folder, step):
 # ---------------------------------------------------------------- the same training
 
 
-@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9, "dropout": 0.1, "log_interval": 7, "optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"ema_decay": 0.9, "dropout": 0.1, "log_interval": 7, "optimizer": "muon"},
+    ],
+)
 def test_weights_are_bitwise_the_same_with_the_page_and_after_a_stop(flags, tmp_path, options):
     assert train.main(flags(out_dir=tmp_path / "without", **options)) == 0
     assert train.main(flags(out_dir=tmp_path / "with", page=True, **options)) == 0
@@ -235,6 +241,7 @@ def test_snapshots_keep_their_limit_of_bytes(flags, tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["state.json"]
 
 
+@pytest.mark.slow
 def test_files_are_written_at_most_twice_a_second(flags, monkeypatch):
     times, write = [], page.Page._write_state
 
@@ -320,6 +327,7 @@ def test_a_full_disk_costs_one_line_and_is_tried_again(flags, tmp_path, monkeypa
     assert state_of(tmp_path / "run")["status"] == "finished" and len(state_of(tmp_path / "run")["snapshots"]) == 41
 
 
+@pytest.mark.slow
 def test_a_removed_folder_is_made_again(flags, tmp_path, monkeypatch):
     evaluated = page.Page.evaluated
     folder = tmp_path / "run" / "page"

@@ -186,8 +186,9 @@ class Page(Observer):
                 (self.folder / "control").unlink()
 
     def _read_control(self):
+        path = self.folder / "control"
         with suppress(ValueError):
-            return int(read_small(self.folder / "control") or b"")
+            return int((read_small(path) if os.path.lexists(path) else b"") or b"")
         return None
 
     def logged(self, entry: LogEntry) -> None:
@@ -229,9 +230,10 @@ class Page(Observer):
 
     def _take_snapshot(self):
         """Copy the weights if a snapshot is due. If there are too many, double the distance between them."""
-        step, due = self.progress.step, {*self.snapshots, *self.waiting, self.progress.step}
+        step = self.progress.step
         if step % self.stride or step in self.waiting or step in self.snapshots:
             return
+        due = {*self.snapshots, *self.waiting, step}
         while len(due) > self.most and due:
             self.stride *= 2
             due = {one for one in due if one % self.stride == 0 and self.most}

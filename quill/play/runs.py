@@ -51,17 +51,12 @@ class UnknownRun(UserError):
     """There is no run of this name."""
 
 
-def list_names() -> list[str]:
-    """Return the names of the configs that ship with quill, such as config/names.py."""
-    return [path.relative_to(ROOT).as_posix() for path in config_files()]
-
-
 class Runs:
     """The runs below `out_dir`, and those that the page starts, which are in its folder `play`."""
 
     def __init__(self, out_dir: str | Path, data_dir: str | Path):
         self.out_dir, self.data_dir = Path(out_dir), Path(data_dir)
-        self.processes: dict[Path, subprocess.Popen[bytes]] = {}  # those that this object has started
+        self.processes: dict[Path, subprocess.Popen[Any]] = {}  # those that this object has started
         self.cache: dict[tuple[Path, Callable], tuple[Any, Any]] = {}
 
     # ------------------------------------------------------------ finding
@@ -73,28 +68,25 @@ class Runs:
 
     def _folders(self) -> Iterator[Path]:
         """Yield the folders of runs, at most three levels below out_dir. Links are not followed."""
-        waiting, seen = [(self.out_dir, 0)], 0
-        while waiting and seen < MOST_FOLDERS:
-            folder, depth = waiting.pop(0)
-            seen += 1
-            if _is_run(folder):
-                yield folder
-            if depth < 3:
+        level = [self.out_dir]
+        for _ in range(4):
+            level, upper = [], level
+            for folder in upper:
+                if _is_run(folder):
+                    yield folder
                 with suppress(OSError), os.scandir(folder) as entries:
-                    for entry, _ in zip(entries, range(MOST_FOLDERS), strict=False):
-                        if entry.name != "page" and _is_name(entry.name) and entry.is_dir(follow_symlinks=False):
-                            waiting.append((folder / entry.name, depth + 1))
+                    found = itertools.islice(entries, MOST_FOLDERS - len(level))
+                    level += [folder / e.name for e in found if _is_name(e.name) and e.is_dir(follow_symlinks=False)]
 
     def _folder(self, name: str) -> Path:
         """Return the folder of the run `name`. Raise UnknownRun for all that `names` can't return."""
         folder, parts = self.out_dir, [] if name == "." else name.split("/")
         for part in parts:
-            folder = folder / part if _is_name(part) else folder / "page"
-            if folder.name == "page" or folder.is_symlink():
-                break
-        else:
-            if len(parts) <= 3 and _is_run(folder):
-                return folder
+            folder = folder / part
+            if len(parts) > 3 or not _is_name(part) or folder.is_symlink():
+                raise UnknownRun(f"there is no run {name[:80]!r}")
+        if _is_run(folder):
+            return folder
         raise UnknownRun(f"there is no run {name[:80]!r}")
 
     def weights(self, name: str, step: int | None = None) -> Path:
@@ -183,15 +175,7 @@ class Runs:
 
     # ------------------------------------------------------------ processes
 
-    def start(
-        self,
-        config: str | None = None,
-        run: str | None = None,
-        options: dict[str, Any] | None = None,
-        text: str | None = None,
-        documents: str = "none",
-        paused: bool = False,
-    ) -> str:
+    def start(self, config=None, run=None, options=None, text=None, documents="none", paused=False) -> str:
         """Start a run with the options of a config or of another run, changed by `options`. → its name
 
         text: a text that becomes the dataset; documents: as in prepare.py. paused: it waits before its first step.
@@ -199,15 +183,13 @@ class Runs:
         """
         if (config is None) == (run is None):
             raise UserError("name either a config or a run to start from")
-        given = dict(options or {})
-        if config is None and run is not None:
-            theirs = self._outline(run)["options"]
-            given = {key: value for key, value in theirs.items() if value != getattr(TrainConfig, key)} | given
-            given = {key: value for key, value in given.items() if key not in OWN or key in (options or {})}
+        given = options or {}
+        if run is not None:
+            theirs = self._outline(run)["options"].items()
+            given = {k: value for k, value in theirs if value != getattr(TrainConfig, k) and k not in OWN} | given
         self._resolve(config, given)
         if text is not None:
-            given["dataset"] = self._prepare(text, documents)
-        self._resolve(config, given)
+            given = given | {"dataset": self._prepare(text, documents)}
         stem = Path(config).stem if config else re.sub(r"-\d+$", "", Path(str(run)).name)
         folder = _new_folder(self.out_dir / "play", stem or "run")
         _write(folder / "page" / "command.json", json.dumps({"config": config, "options": given}))
@@ -268,16 +250,15 @@ class Runs:
             flags = (f"--{key}={'' if value is None else value}" for key, value in command["options"].items())
             arguments = [*filter(None, [command["config"]]), *flags, "--init_from=auto"]
         arguments += [f"--out_dir={folder}", f"--data_dir={self.data_dir}", "--page=True"]
-        with _writing(folder / "page" / "log.txt") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(TRAIN), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.processes[folder] = process
-        threading.Thread(target=process.wait, daemon=True).start()
+        path, command = folder / "page" / "log.txt", [sys.executable, str(TRAIN), *arguments]
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(open_without_links(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
+                streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                self.processes[folder] = subprocess.Popen(command, start_new_session=True, **streams)
+        except OSError as error:
+            raise UserError(f"can't start train.py with the log {path}: {error.strerror}") from None
+        threading.Thread(target=self.processes[folder].wait, daemon=True).start()
 
     def _command(self, folder: Path) -> dict[str, Any] | None:
         """Read command.json. None if there is none, or if the page could not have started it."""
@@ -293,7 +274,7 @@ class Runs:
 
     def _resolve(self, config: str | None, options: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a start. → all of TrainConfig's. Raise a UserError if one is wrong or not the page's."""
-        if config is not None and config not in list_names():
+        if config is not None and ROOT / config not in config_files():
             raise UserError(f"there is no config {config!r:.80}")
         kinds = option_types(TrainConfig)
         for key in options:
@@ -355,7 +336,13 @@ def lock_holder(folder: Path) -> int:
 
 def _is_name(part: str) -> bool:
     """Whether `part` may be a folder in the name of a run or a dataset."""
-    return part.isprintable() and not part.startswith(".") and not set(part) & set('/\\:"') and 0 < len(part) <= 255
+    return (
+        part.isprintable()
+        and part[0:1] != "."
+        and not set(part) & set('/\\:"')
+        and 0 < len(part) <= 255
+        and part != "page"
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -382,15 +369,6 @@ def _changed(path: Path) -> int:
 def _write(path: Path, text: str) -> None:
     with replacing(path) as (file,):
         file.write(text.encode())
-
-
-def _writing(path: Path) -> Any:
-    """Open a log at its end. Raise a UserError if it can't be written."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        return open(open_without_links(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from None
 
 
 def _new_folder(parent: Path, stem: str) -> Path:
@@ -440,13 +418,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         known = {f.name for f in fields(TrainConfig)}
         options = asdict(TrainConfig(**{key: value for key, value in saved["config"].items() if key in known}))
-        sizes = {weight.data_ptr(): weight.numel() for weight in saved["model"].values()}
-        return {
-            "options": options,
-            "step": int(saved["step"]),
-            "parameters": sum(sizes.values()),
-            "vocab_size": int(saved["vocab_size"]),
-        }
+        sizes = {weight.data_ptr(): weight.numel() for weight in saved["model"].values()}  # tied weights once
+        counts = {"parameters": sum(sizes.values()), "vocab_size": int(saved["vocab_size"])}
+        return {"options": options, "step": int(saved["step"])} | counts
     except Exception:  # a damaged pickle can fail in any way
         return None
 
