@@ -186,8 +186,8 @@ def print_trace(model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleCon
             raise UserError(
                 f"--layer={layer} --head={head}: the model has {shape.n_layer} layers, {shape.n_head} heads"
             )
-        layers = attention_steps(model, idx[:1, -shape.block_size :])
-        steps = {name: heads[head] for name, heads in layers[layer].items()}
+        (heads_of,) = attention_steps(model, idx[:1, -shape.block_size :], only=layer)
+        steps = {name: heads[head] for name, heads in heads_of.items()}
     path = trace(model, idx, generator, config.temperature, config.top_k, config.top_p)
     print(*trace_lines(path, steps, tokenizer, config.temperature), sep="\n")
 

@@ -69,8 +69,10 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
 
 
 @torch.inference_mode()
-def score(model: GPT, tokenizer: Tokenizer, ids: np.ndarray, temperature: float, device: torch.device) -> Iterator[Row]:
-    """Yield a Row for each token of `ids`, which `encode` made.
+def score(
+    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, temperature: float, device: torch.device, shown: int = SHOWN
+) -> Iterator[Row]:
+    """Yield a Row for each token of `ids`, which `encode` made, with the `shown` likeliest tokens in its place.
 
     Probabilities are the softmax of logits / temperature, in float32 whatever the model computes in. The model stays
     in evaluation mode. Raise a UserError if the logits are not finite.
@@ -88,7 +90,7 @@ def score(model: GPT, tokenizer: Tokenizer, ids: np.ndarray, temperature: float,
         losses = -logprobs.gather(1, y[used][:, None])[:, 0]
         if not losses.isfinite().all():
             raise UserError("the model's logits are not finite; try --dtype=float32")
-        top = logprobs.topk(min(SHOWN, logits.size(-1)))
+        top = logprobs.topk(min(shown, logits.size(-1)))
         contexts = (row[: t + 1] for row, n in zip(x.tolist(), used.sum(1).tolist(), strict=True) for t in range(n))
         columns = (contexts, top.values.tolist(), top.indices.tolist(), y[used].tolist(), losses.tolist())
         for context, top_logprobs, top_ids, token, loss in zip(*columns, strict=True):

@@ -21,24 +21,45 @@ SHOWN = 8  # how many tokens and how many numbers of a vector are printed
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What the token after a context was drawn from."""
+class Inside:
+    """What a model computes for the token after a context."""
 
     ids: list[int]  # the tokens that the model sees (T,)
     vectors: dict[str, list[float]]  # the last token's vector (C,) after each part: "wte", "wte + wpe", "block 0", …
     logits: list[float]  # (V,)
+
+
+@dataclass(frozen=True)
+class Trace(Inside):
+    """What the token after a context was drawn from."""
+
     probs: list[float]  # softmax(logits / temperature), with 0 for what top_k and top_p drop (V,)
     numbers: list[float]  # a random number for each token (V,)
     token: int  # the one with the largest probs / numbers
 
 
-def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature=1.0, top_k=None, top_p=None) -> Trace:
-    """Draw the token after `idx` (B, T) with `stream_tokens`. Return what row 0 was drawn from."""
+@dataclass(frozen=True)
+class Choice:
+    """A token that may be drawn."""
+
+    id: int
+    token: str  # its name
+    logit: float
+    scaled: float  # logit / temperature
+    probability: float
+    sum: float  # of the probabilities down to this one, the likeliest first
+
+
+def look_inside(
+    model: GPT, idx: torch.Tensor, temperature=0.0, top_k=None, top_p=None, generator=None
+) -> tuple[Inside, torch.Tensor]:
+    """Draw the token after `idx` (B, T) with `stream_tokens`. → what the model computed for row 0, and the tokens (B,)
+
+    At the temperature 0, no random number is drawn.
+    """
     parts, seen = model.transformer, {}
     places = {"wte": parts.wte, "ln_e": parts.ln_e} | {f"block {i}": block for i, block in enumerate(parts.h)}
     places |= {"ln_f": parts.ln_f, "lm_head": model.lm_head}
-    again = torch.Generator(idx.device)
-    again.set_state(generator.get_state())
     with ExitStack() as stack:
         for name, part in places.items():  # each keeps row 0 of its input and of its output
             hook = part.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0][0], y[0])}))
@@ -49,16 +70,35 @@ def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature
     if parts.wpe is not None:
         position = {"wpe": parts.wpe.weight[len(ids) - 1], "wte + wpe": seen["ln_e"][0][-1]}
         vectors = {"wte": vectors["wte"]} | position | vectors
-    probs = probabilities(logits[None], temperature, top_k, top_p)
+    return Inside(ids, {name: vector.tolist() for name, vector in vectors.items()}, logits.tolist()), tokens
+
+
+def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature=1.0, top_k=None, top_p=None) -> Trace:
+    """Draw the token after `idx` (B, T) with `stream_tokens`. Return what row 0 was drawn from."""
+    again = torch.Generator(idx.device)
+    again.set_state(generator.get_state())
+    inside, tokens = look_inside(model, idx, temperature, top_k, top_p, generator)
+    probs = probabilities(torch.tensor([inside.logits], device=idx.device), temperature, top_k, top_p)
     # torch.multinomial draws these numbers too, and then takes the token with the largest probability / number.
     numbers = probs.repeat(len(idx), 1).exponential_(generator=again)[0]
-    vectors = {name: vector.tolist() for name, vector in vectors.items()}
-    return Trace(ids, vectors, logits.tolist(), (probs[0] / probs.sum()).tolist(), numbers.tolist(), int(tokens[0]))
+    probs = probs[0] / probs.sum()
+    return Trace(**vars(inside), probs=probs.tolist(), numbers=numbers.tolist(), token=int(tokens[0]))
+
+
+def rank(names: list[str], logits: list[float], probs: list[float], temperature: float) -> list[Choice]:
+    """Return a Choice for each token, with the name of its id in `names`, the largest logit first."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    sums = accumulate(probs[i] for i in order)
+    scaled = (logits[i] / temperature if temperature else math.inf for i in order)
+    return [Choice(i, names[i], logits[i], x, probs[i], total) for i, x, total in zip(order, scaled, sums, strict=True)]
 
 
 @torch.no_grad()
-def attention_steps(model: GPT, idx: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Return each layer's steps to the attention weights on `idx` (1, T). → [{"q kᵀ": (H, T, T), …, "softmax": …}]"""
+def attention_steps(model: GPT, idx: torch.Tensor, only: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """Return each layer's steps to the attention weights on `idx` (1, T). → [{"q kᵀ": (H, T, T), …, "softmax": …}]
+
+    only: the number of a layer; the list has this one alone.
+    """
     layers = []
 
     def keep(layer, args):
@@ -71,7 +111,7 @@ def attention_steps(model: GPT, idx: torch.Tensor) -> list[dict[str, torch.Tenso
         layers.append(dict(zip(names, (scores, scaled, masked, masked.softmax(dim=-1)), strict=True)))
 
     with ExitStack() as stack, eval_mode(model):
-        for block in model.transformer.h:
+        for block in model.transformer.h if only is None else [model.transformer.h[only]]:
             stack.callback(block.attn.register_forward_pre_hook(keep).remove)
         model.final_hidden(idx)
     return layers
@@ -90,15 +130,16 @@ def trace_lines(path: Trace, steps: dict[str, torch.Tensor], tokenizer: Tokenize
         last = matrix[-len(context) :, -len(context) :].tolist()
         yield from table([["", *context], *([name, *row] for name, row in zip(context, last, strict=True))])
     yield highlight("\nThe likeliest tokens, and the one that is drawn")
-    order = sorted(range(len(names)), key=lambda i: -path.logits[i])
-    sums = dict(zip(order, accumulate(path.probs[i] for i in order), strict=True))
+    choices = rank(names, path.logits, path.probs, temperature)
+    drawn = next(choice for choice in choices if choice.id == path.token)
     rows: list = [["token", "logit", f"/ {temperature:g}", "softmax", "running sum", "random", "softmax / random"]]
-    for i in order[:SHOWN] + [path.token] * (path.token not in order[:SHOWN]):
-        logit, p, number = path.logits[i], path.probs[i], path.numbers[i]
-        rows.append([names[i], logit, logit / temperature, p, sums[i], number, p / number])
+    for choice in choices[:SHOWN] + [drawn] * (drawn not in choices[:SHOWN]):
+        _, *numbers = vars(choice).values()
+        random = path.numbers[choice.id]
+        rows.append([*numbers, random, choice.probability / random])
     yield from table(rows)
-    drawn, end = f"{names[path.token]} is drawn: it has the largest softmax / random.", sums[path.token]
-    yield f"{drawn} On a wheel from 0 to 1, its part is {end - path.probs[path.token]:.4f} to {end:.4f}."
+    wheel = f"On a wheel from 0 to 1, its part is {drawn.sum - drawn.probability:.4f} to {drawn.sum:.4f}."
+    yield f"{drawn.token} is drawn: it has the largest softmax / random. {wheel}"
 
 
 def table(rows: list) -> list[str]:
