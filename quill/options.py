@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from quill.errors import UserError
 
-TEXTS = ("start", "score", "trace", "show")  # options that are any text, and not a name or a path
+# Options and the page's fields that are any text, and not a path.
+TEXTS = ("start", "score", "trace", "show", "text", "prompt", "name", "matrix", "config", "run")
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -39,7 +40,7 @@ class Checked:
                 # File names, checkpoints and meta.json can't have these characters.
                 if f.name not in TEXTS and ("\0" in value or value.encode(errors="replace").decode() != value):
                     raise UserError(f"--{f.name}={value}: must be UTF-8 text without null characters")
-            elif value is not None and not isinstance(value, bool):
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 _check_range(f.name, value, f.metadata["limits"])
         for group in type(self).__mro__:
             if "_check_group" in vars(group):
@@ -268,6 +269,15 @@ class ExportConfig(Checked, heading="Converting a model"):
     out_dir: str = option("", "with --to=quill: the folder to write best.pt to")
     license: str = option("unknown", "with --to=hf: the licence of the weights in the model card, such as mit")
     overwrite: bool = option(False, "replace what the folder has")
+
+
+@dataclass(frozen=True)
+class PlayConfig(Checked, heading="The page"):
+    """The options of play.py."""
+
+    out_dir: str = option("", "the run that the page opens with; the runs beside it are listed too")
+    data_dir: str = option("data", "folder of the prepared datasets")
+    port: int = option(8000, "port on 127.0.0.1; 0 takes a free one", at_least=0, below=65536)
 
 
 @dataclass(frozen=True)

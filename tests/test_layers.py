@@ -41,7 +41,7 @@ LAYERS = [
         "quill/describe.py": "torch",
         "quill/trace.py": "torch",
     },
-    {"quill/play/": "torch starlette uvicorn"},
+    {"quill/play/": "numpy torch starlette uvicorn"},
     {
         "train.py": "torch",
         "sample.py": "numpy torch",

@@ -22,7 +22,7 @@ def requirements(name):
 
 
 @pytest.mark.parametrize(
-    "name, groups", [("requirements.txt", ["test"]), ("requirements-extra.txt", ["tensorboard", "bpe", "hf", "dev"])]
+    "name, groups", [("requirements.txt", ["test"]), ("requirements-extra.txt", ["tensorboard", "bpe", "hf", "play", "dev"])]
 )
 def test_requirements_mirror_pyproject(name, groups):
     wanted = PROJECT["dependencies"] if name == "requirements.txt" else []
@@ -31,7 +31,7 @@ def test_requirements_mirror_pyproject(name, groups):
 
 
 def test_every_extra_is_in_a_requirements_file():
-    assert set(PROJECT["optional-dependencies"]) == {"test", "tensorboard", "bpe", "hf", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "tensorboard", "bpe", "hf", "play", "dev"}
 
 
 def test_the_oldest_python_is_the_same_everywhere():
