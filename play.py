@@ -4,7 +4,7 @@
     python play.py config/microgpt.py            # opens with a config, to train
     python play.py --out_dir=out/names           # opens with a run
 
-The page lists all runs below the folder out. It needs two packages: pip install starlette uvicorn
+The page lists the runs below the folder out. It needs two packages: pip install starlette uvicorn
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 
+import os
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,42 +21,56 @@ from quill.cli import CONFIG_DIR, config_files, did_you_mean, read_args, run
 from quill.errors import UserError
 from quill.options import PlayConfig
 
-
-def find_config(path: str) -> str:
-    """Return the name of a config that ships with quill, such as config/names.py. Raise a UserError for another."""
-    known = {(CONFIG_DIR.parent / name).resolve(): name for name in map(name_of, config_files())}
-    for folder in (Path(), CONFIG_DIR.parent):
-        if (folder / path).resolve() in known:
-            return known[(folder / path).resolve()]
-    raise UserError(f"{path}: not a config in config/, which the page lists{did_you_mean(path, known.values())}")
+MOST_TRIES = 100  # ports
 
 
-def name_of(path: Path) -> str:
-    """Return the path of a file of quill's in its folder, such as config/names.py."""
-    return path.relative_to(CONFIG_DIR.parent).as_posix()
+def open_socket(port: int) -> socket.socket:
+    """Listen to a port of 127.0.0.1; 0 is any. Raise a UserError that names the next free one if it is taken."""
+    problem = ""
+    for number in range(port, min(port + MOST_TRIES, 65536)):
+        listening = socket.socket()
+        if os.name == "posix":
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a port stays taken for a minute
+        try:
+            listening.bind(("127.0.0.1", number))
+            listening.listen()
+        except OSError as error:
+            listening.close()
+            problem = problem or error.strerror
+            continue
+        if not problem:
+            return listening
+        listening.close()
+        raise UserError(f"--port={port}: {problem}; --port={number} is free")
+    raise UserError(f"--port={port}: {problem}, and so are the next ports; give another --port")
 
 
 def main(argv: list[str]) -> None:
     """Read the options, and serve the page until a signal arrives."""
     positional, flags = read_args(argv, PlayConfig, __doc__)
-    config = PlayConfig(**flags)
-    if len(positional) > 1 or (positional and config.out_dir):
-        raise UserError(f"give one config file or --out_dir, not both: {' '.join(argv)}")
-    selected_config = find_config(positional[0]) if positional else None
+    config, root = PlayConfig(**flags), Path("out")
+    if len(positional) + bool(config.out_dir) > 1:
+        raise UserError(f"give one config, or --out_dir, not {' '.join(argv)}")
+    names = [path.relative_to(CONFIG_DIR.parent).as_posix() for path in config_files()]
+    if positional and Path(positional[0]).as_posix() not in names:
+        raise UserError(f"{positional[0]}: not one of the configs in config/{did_you_mean(positional[0], names)}")
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"the page needs the package {package}: pip install starlette uvicorn")
+    listening = open_socket(config.port)  # before torch is imported, which takes seconds
     from quill.play.runs import Runs
-    from quill.play.server import serve
+    from quill.play.server import make_server
 
-    out_dir, root = Path(config.out_dir).absolute(), Path("out").absolute()
-    if config.out_dir and root not in out_dir.parents:
-        root = out_dir.parent
-    runs, selected = Runs(root, config.data_dir), "bundled"
+    selected = "bundled"
     if config.out_dir:
-        selected = out_dir.relative_to(root).as_posix()
-        runs.signature(selected)  # raises a UserError if there is no such run
-    serve(config.port, runs, selected, selected_config)
+        out_dir = Path(os.path.abspath(config.out_dir))
+        root = root if Path(os.path.abspath(root)) in out_dir.parents else out_dir.parent
+        selected = out_dir.relative_to(os.path.abspath(root)).as_posix()
+    runs = Runs(root, config.data_dir)
+    runs.run(selected)  # raises a UserError if there is no such run
+    server, address = make_server(listening, runs, selected, Path(positional[0]).as_posix() if positional else None)
+    print(address, flush=True)
+    server.run([listening])
 
 
 if __name__ == "__main__":

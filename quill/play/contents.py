@@ -23,7 +23,7 @@ CODE = {
 }
 
 
-def read_setup() -> dict[str, Any]:
+def read_contents() -> dict[str, Any]:
     """Return what does not change while the server runs: configs, dials, lessons, code."""
     configs = [read_config(path) for path in config_files()]
     lessons = [read_lesson(config) for config in configs if config["name"].startswith("config/ladder/")]

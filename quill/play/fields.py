@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ class Fields(Checked, heading="A request"):
 
 
 def parse(body: bytes) -> Any:
-    """Parse JSON. Raise a UserError if it is damaged, or holds a number that is not finite."""
+    """Parse JSON. Raise a UserError if it is damaged, or holds NaN or Infinity, which JSON does not have."""
     try:
         return json.loads(body.decode(), parse_constant=lambda name: json.loads(""))
     except (ValueError, RecursionError):
@@ -46,12 +45,18 @@ def parse(body: bytes) -> Any:
 
 
 def read(values: Any) -> Fields:
-    """Return the fields of a request. Raise a UserError if one does not exist, or has a wrong type or value."""
-    if not isinstance(values, Mapping):
+    """Return the fields of a request; null is the default. Raise a UserError for a wrong name, type or value."""
+    if not isinstance(values, dict):
         raise UserError("the request must be a JSON object")
     kinds, checked = option_types(Fields), {}
     for key, value in values.items():
-        if key not in kinds or (key == "options" and not isinstance(value, dict)):
-            raise UserError(f"{key!r:.80} is not a field{did_you_mean(key, kinds)}, or it takes an object")
-        checked[key] = value if key == "options" else coerce(value, kinds[key], "", key)
-    return Fields(**checked)
+        if key not in kinds:
+            raise UserError(f"there is no field {key!r:.80}{did_you_mean(key, kinds)}")
+        kind = {str: str, str | None: str, dict[str, Any]: dict}.get(kinds[key])  # those that nothing is converted to
+        if value is None or (kind and isinstance(value, kind)):
+            checked[key] = value
+        elif kind:
+            raise UserError(f"{key} takes {'a text' if kind is str else 'an object'}")
+        else:
+            checked[key] = coerce(value, kinds[key], "", key)
+    return Fields(**{key: value for key, value in checked.items() if value is not None})

@@ -1,14 +1,12 @@
-"""The numbers of the page's panels: a model and a request in, plain values for JSON out.
+"""The numbers of the page's panels: the fields of a request in, plain values for JSON out.
 
-The functions are those of sample.py: quill/trace.py, scoring.py and generation.py. They compute on the CPU in float32.
-
-Shapes: T tokens in the context, C = n_embd, V = vocab_size.
+They are computed by the functions of sample.py in quill/trace.py, scoring.py and generation.py, in float32 on the CPU.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,59 +25,46 @@ from quill.errors import UserError
 from quill.generation import COLDEST, generate, probabilities
 from quill.play.fields import Fields
 from quill.play.runs import Runs, UnknownRun
-from quill.trace import attention_steps, look_inside, rank
+from quill.trace import Inside, attention_steps, look_inside, rank
 
-CPU = torch.device("cpu")
-SHOWN = 64  # rows, columns and tokens of the context that are shown
-MOST_CHOICES = 256  # tokens that may be drawn, in a list
+SHOWN = 64  # rows and columns of a matrix, tokens of a context, likeliest tokens of a row
+MOST_CHOICES = 256  # tokens that may be drawn
 BINS = 40  # of a histogram
-MOST_TOKENS = 20_000_000  # of a dataset whose documents are compared with samples
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A checkpoint that was read."""
-
-    model: GPT
-    tokenizer: Tokenizer
-    dataset: str
-    gradients: dict[str, torch.Tensor]
+MOST_TOKENS = 20_000_000  # in a dataset whose lines are compared with the samples
+File = tuple[Path, int, int]  # a file, the time of its last change and its size: what a cache is keyed by
 
 
 class Views:
-    """The panels of the runs of `runs`. One thread may call them at a time."""
+    """The panels. The last checkpoints and contexts are kept, so that a new temperature needs no forward pass."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
-        self.open_file = lru_cache(4)(open_file)
-        self.forward = lru_cache(16)(self._forward)
-        self.attend = lru_cache(16)(self._attend)
-        self.documents = lru_cache(4)(self._documents)
+        self.open, self.lines = lru_cache(2)(open_checkpoint), lru_cache(2)(read_lines)
+        self.inside, self.attention = lru_cache(16)(self._inside), lru_cache(16)(self._attention)
 
-    def opened(self, request: Fields) -> Opened:
-        """Read the weights that `request` names, unless they were read before and the file has not changed."""
-        path = self.runs.weights(request.name, request.step)
-        info = path.stat()
-        return self.open_file(path, info.st_mtime_ns, info.st_size)
+    def file(self, asked: Fields) -> File:
+        """Find the checkpoint of a run and a step. Raise UnknownRun if there is none."""
+        return stamped(self.runs.weights(asked.name, asked.step))
 
-    def network(self, request: Fields) -> dict[str, Any]:
-        """List the parts of the model, in its order. See `list_parts`."""
-        return {"parts": list_parts(self.opened(request).model)}
+    def network(self, asked: Fields) -> dict[str, Any]:
+        """Return the parts of the model."""
+        model, *_ = self.open(self.file(asked))
+        return {"parts": list_parts(model)}
 
-    def matrix(self, request: Fields) -> dict[str, Any]:
-        """Return a parameter's values, at most SHOWN × SHOWN, its gradient if it is saved, and histograms."""
-        opened = self.opened(request)
-        value = dict(opened.model.named_parameters()).get(request.matrix)
+    def matrix(self, asked: Fields) -> dict[str, Any]:
+        """Return the values of a parameter, its gradient if the checkpoint has it, and their histograms."""
+        model, tokenizer, state = self.open(self.file(asked))
+        value = dict(model.named_parameters()).get(asked.matrix)
         if value is None:
-            raise UnknownRun(f"{request.name} has no matrix {request.matrix!r:.80}")
-        value, gradient = value.detach(), opened.gradients.get(request.matrix)
-        of_tokens = value.dim() == 2 and value.size(0) == opened.model.vocab_size <= SHOWN
+            raise UnknownRun(f"{asked.name} has no matrix {asked.matrix!r:.80}")
+        value, gradient = value.detach(), (state.get("gradients") or {}).get(asked.matrix)
+        of_tokens = value.dim() == 2 and len(value) == model.vocab_size <= SHOWN
         return {
-            "name": request.matrix,
+            "name": asked.matrix,
             "shape": list(value.shape),
             "values": shrink(value),
             "shrunk": max(value.shape) > SHOWN,
-            "row_names": scoring.token_names(opened.tokenizer) if of_tokens else None,
+            "row_names": scoring.token_names(tokenizer) if of_tokens else None,
             "gradient": None if gradient is None else shrink(gradient),
             "histogram": histogram(value),
             "gradient_histogram": None if gradient is None else histogram(gradient),
@@ -88,115 +73,129 @@ class Views:
             "largest": value.abs().max().item(),
         }
 
-    def token(self, request: Fields) -> dict[str, Any]:
-        """Return what sample.py --trace prints about the token after a text, and every token that may be drawn."""
-        opened = self.opened(request)
-        shape, tokenizer = opened.model.config, opened.tokenizer
-        if shape.n_layer and (request.layer >= shape.n_layer or request.head >= shape.n_head):
+    def token(self, asked: Fields) -> dict[str, Any]:
+        """Return what sample.py --trace prints about the token after a text, with every token that may be drawn."""
+        file, text, temperature = self.file(asked), asked.text or "", asked.temperature
+        model, tokenizer, _ = self.open(file)
+        shape, names = model.config, scoring.token_names(tokenizer)
+        if shape.n_layer and (asked.layer >= shape.n_layer or asked.head >= shape.n_head):
             has = f"the model has {shape.n_layer} layers, {shape.n_head} heads"
-            raise UserError(f"layer {request.layer}, head {request.head}: {has}")
-        inside, names = self.forward(opened, request.text), scoring.token_names(tokenizer)
-        logits, temperature = torch.tensor([inside.logits]), request.temperature
+            raise UserError(f"layer {asked.layer}, head {asked.head}: {has}")
+        inside = self.inside(file, text)
+        logits = torch.tensor([inside.logits])
         if not logits.isfinite().all():
-            raise UserError("the model's logits are not finite: the run has diverged")
-        probs = F.one_hot(logits.argmax(-1), len(names)).float()  # what a temperature of 0 means
+            raise UserError("the model's logits are not finite: its training has diverged")
+        probs = F.one_hot(logits.argmax(dim=-1), len(names)).float()  # at the temperature 0
         if temperature >= COLDEST:
-            probs = probabilities(logits, temperature, request.top_k, request.top_p)
+            probs = probabilities(logits, temperature, asked.top_k, asked.top_p)
         choices = rank(names, inside.logits, (probs[0] / probs.sum()).tolist(), temperature)
-        ids = inside.ids[-SHOWN:]
         return {
-            "ids": ids,
-            "tokens": [scoring.START if i == tokenizer.bos else names[i] for i in ids],
+            "ids": inside.ids[-SHOWN:],
+            "tokens": [scoring.START if i == tokenizer.bos else names[i] for i in inside.ids[-SHOWN:]],
             "vectors": inside.vectors,
-            "attention": self.attend(opened, request.text, request.layer, request.head) if shape.n_layer else None,
+            "attention": self.attention(file, text, asked.layer, asked.head) if shape.n_layer else None,
             "n_layer": shape.n_layer,
             "n_head": shape.n_head,
             "choices": [asdict(choice) for choice in choices[:MOST_CHOICES]],
         }
 
-    def _forward(self, opened, text):
-        return look_inside(opened.model, prompt_ids(opened, text))[0]
+    def _inside(self, file: File, text: str) -> Inside:
+        model, tokenizer, _ = self.open(file)
+        return look_inside(model, encode_prompt(tokenizer, text))[0]
 
-    def _attend(self, opened, text, layer, head):
-        idx = prompt_ids(opened, text)[:, -opened.model.config.block_size :]
-        (steps,) = attention_steps(opened.model, idx, only=layer)
+    def _attention(self, file: File, text: str, layer: int, head: int) -> dict[str, list[list[float]]]:
+        model, tokenizer, _ = self.open(file)
+        (steps,) = attention_steps(model, encode_prompt(tokenizer, text)[:, -model.config.block_size :], only=layer)
         return {name: heads[head, -SHOWN:, -SHOWN:].tolist() for name, heads in steps.items()}
 
-    def score(self, request: Fields) -> dict[str, Any]:
-        """Return the JSON of sample.py --score, with SHOWN of the likeliest tokens in each row."""
-        opened = self.opened(request)
-        if not scoring.split_documents(request.text, opened.tokenizer):
+    def score(self, asked: Fields) -> dict[str, Any]:
+        """Return the JSON of sample.py --score, with more of the likeliest tokens."""
+        (model, tokenizer, _), text = self.open(self.file(asked)), asked.text or ""
+        if not scoring.split_documents(text, tokenizer):
             raise UserError("there is no text to score")
-        ids, text = scoring.encode(request.text, opened.tokenizer)
-        rows = scoring.score(opened.model, opened.tokenizer, ids, 1.0, CPU, SHOWN)
-        return json.loads(scoring.to_json(rows, text))
+        ids, text = scoring.encode(text, tokenizer)
+        return json.loads(scoring.to_json(scoring.score(model, tokenizer, ids, 1.0, torch.device("cpu"), SHOWN), text))
 
-    def samples(self, request: Fields) -> dict[str, Any]:
-        """Draw the texts of sample.py. is_new: the dataset has no such line; None where documents are not lines."""
-        opened = self.opened(request)
-        tokenizer, prompt = opened.tokenizer, prompt_ids(opened, request.prompt).repeat(request.count, 1)
-        drawing = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
-        generator = torch.Generator().manual_seed(derive_seed("sample", request.seed))
-        drawing |= {"stop_token": tokenizer.bos, "generator": generator}
-        texts, documents = [], self.documents(opened)
-        for row in generate(opened.model, prompt, request.max_new_tokens, **drawing)[:, prompt.size(1) :].tolist():
-            if tokenizer.bos in row:
-                row = row[: row.index(tokenizer.bos)]
-            text = request.prompt + tokenizer.decode(row)
-            texts.append({"text": text, "is_new": text not in documents if documents else None})
+    def samples(self, asked: Fields) -> dict[str, Any]:
+        """Draw the texts that sample.py draws. is_new: no line of the dataset; None where documents are not lines."""
+        model, tokenizer, state = self.open(self.file(asked))
+        prompt = encode_prompt(tokenizer, asked.prompt).repeat(asked.count, 1)
+        drawing = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+        drawing["generator"] = torch.Generator().manual_seed(derive_seed("sample", asked.seed))
+        tokens = generate(model, prompt, asked.max_new_tokens, stop_token=tokenizer.bos, **drawing)
+        lines, texts = None, []
+        if tokenizer.bos_is_newline:
+            meta = self.runs.data_dir / str(state["config"]["dataset"]) / "meta.json"
+            lines = self.lines(stamped(meta), tokenizer) if meta.is_file() else None
+        for row in tokens[:, prompt.size(1) :].tolist():
+            end = row.index(tokenizer.bos) if tokenizer.bos in row else None
+            text = asked.prompt + tokenizer.decode(row[:end])
+            texts.append({"text": text, "is_new": None if lines is None else text not in lines})
         return {"texts": texts}
 
-    def _documents(self, opened):
-        """The lines of the dataset that the model was trained on; empty where they are not known."""
-        try:
-            data = open_dataset(self.runs.data_dir, opened.dataset)
-        except UserError:
-            return frozenset()
-        if data.tokenizer != opened.tokenizer or not data.tokenizer.bos_is_newline or len(data.train) > MOST_TOKENS:
-            return frozenset()
-        return frozenset(data.tokenizer.decode(np.concatenate([data.train, data.val])).split("\n"))
+
+def stamped(path: Path) -> File:
+    """Return the key of a file in a cache."""
+    info = path.stat()
+    return path, info.st_mtime_ns, info.st_size
 
 
-def open_file(path: Path, changed: int, size: int) -> Opened:
-    """Read a checkpoint. changed, size: of the file, so that a cache reads it again when it was replaced."""
-    state = checkpoint.load(path)
+def open_checkpoint(file: File) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Read a checkpoint. → its model, its tokenizer and what it holds"""
+    state = checkpoint.load(file[0])
     if state["tokenizer"] is None:
-        raise UserError(f"{path}: has no tokenizer; sample it with sample.py")
-    model = cpu.speed_up(checkpoint.load_model(state)).eval()
-    return Opened(model, from_json(state["tokenizer"]), state["config"]["dataset"], state.get("gradients") or {})
+        raise UserError(f"{file[0]}: has no tokenizer; sample.py can sample from it")
+    return cpu.speed_up(checkpoint.load_model(state)).eval(), from_json(state["tokenizer"]), state
 
 
-def prompt_ids(opened: Opened, text: str) -> torch.Tensor:
-    """Return the ids of a prompt (1, T), as sample.py makes them."""
-    return torch.from_numpy(opened.tokenizer.prompt(text)).long()[None]
+def read_lines(meta: File, tokenizer: Tokenizer) -> frozenset[str] | None:
+    """Return the documents of a dataset, which are lines; None if it is too large or has another tokenizer."""
+    try:
+        data = open_dataset(meta[0].parent.parent, meta[0].parent.name)
+    except UserError:
+        return None
+    if data.tokenizer != tokenizer or len(data.train) > MOST_TOKENS:
+        return None
+    return frozenset(tokenizer.decode(np.concatenate([data.train, data.val])).split("\n"))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    """Return the ids of a prompt (1, T)."""
+    return torch.from_numpy(tokenizer.prompt(text)).long()[None]
 
 
 def list_parts(model: GPT) -> list[dict[str, Any]]:
-    """List the modules that compute something and what they are parts of, in the model's order."""
-    parts, names = [], {parameter: name for name, parameter in model.named_parameters()}
+    """Return the modules of a model, with the shape of the weight and the number of all parameters, in its order."""
+    names, parts = {parameter: name for name, parameter in model.named_parameters()}, []
     for name, module in model.named_modules():
         if name in ("", "transformer") or isinstance(module, (nn.Identity, nn.Dropout)):
             continue
-        weight, kind = getattr(module, "weight", None), type(module).__name__
-        matrix = names.get(weight)
-        part = {"name": name, "kind": kind, "shape": [] if weight is None else list(weight.shape)}
-        part["parameters"] = sum(parameter.numel() for parameter in module.parameters())
-        part["depth"] = name.removeprefix("transformer.").count(".")
-        parts.append(part | {"tied": matrix is not None and matrix != f"{name}.weight", "matrix": matrix})
-        if getattr(module, "bias", None) is not None:
-            size = {"shape": list(module.bias.shape), "parameters": module.bias.numel(), "depth": part["depth"] + 1}
-            parts.append({"name": f"{name}.bias", "kind": "bias", **size, "tied": False, "matrix": f"{name}.bias"})
+        size, depth = sum(p.numel() for p in module.parameters()), name.removeprefix("transformer.").count(".")
+        own = {f"{name}.{key}": parameter for key, parameter in module.named_parameters(recurse=False)}
+        for key, value in own.items() or [(name, None)]:
+            is_weight, matrix = not key.endswith(".bias"), None if value is None else names[value]
+            parts.append(
+                {
+                    "name": name if is_weight else key,
+                    "kind": type(module).__name__ if is_weight else "bias",
+                    "shape": [] if value is None else list(value.shape),
+                    "parameters": size if value is None or is_weight else value.numel(),
+                    "depth": depth if is_weight else depth + 1,
+                    "tied": matrix is not None and matrix != key,
+                    "matrix": matrix,
+                }
+            )
     return parts
 
 
 def shrink(value: torch.Tensor) -> list[list[float]]:
-    """Return a matrix, or a vector as one row, as lists; a side longer than SHOWN as means of neighbours."""
+    """Return a matrix, or a vector as one row, as lists. A side longer than SHOWN becomes means of neighbours."""
     value = value.reshape(-1, value.shape[-1]).float()
     rows, columns = (min(side, SHOWN) for side in value.shape)
-    return F.adaptive_avg_pool2d(value[None, None], (rows, columns))[0, 0].tolist()
+    return F.adaptive_avg_pool2d(value[None], (rows, columns))[0].tolist()
 
 
 def histogram(value: torch.Tensor) -> dict[str, list[float]]:
-    """Count the values, those that are finite, in BINS bins of the same width."""
+    """Count the finite values in BINS bins of one width."""
     counts, edges = np.histogram(value[value.isfinite()].double().numpy(), BINS)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
