@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import os
 import socket
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,20 +58,23 @@ def main(argv: list[str]) -> None:
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"the page needs the package {package}: pip install starlette uvicorn")
-    listening = open_socket(config.port)  # before torch is imported, which takes seconds
-    from quill.play.runs import Runs
-    from quill.play.server import make_server
+    with open_socket(config.port) as listening:  # before torch is imported, which takes seconds
+        from quill.data.token_files import prepare_if_missing
+        from quill.play.runs import Runs
+        from quill.play.server import make_server
 
-    selected = "bundled"
-    if config.out_dir:
-        out_dir = Path(os.path.abspath(config.out_dir))
-        root = root if Path(os.path.abspath(root)) in out_dir.parents else out_dir.parent
-        selected = out_dir.relative_to(os.path.abspath(root)).as_posix()
-    runs = Runs(root, config.data_dir)
-    runs.run(selected)  # raises a UserError if there is no such run
-    server, address = make_server(listening, runs, selected, Path(positional[0]).as_posix() if positional else None)
-    print(address, flush=True)
-    server.run([listening])
+        selected = "bundled"
+        if config.out_dir:
+            out_dir = Path(os.path.abspath(config.out_dir))
+            root = root if Path(os.path.abspath(root)) in out_dir.parents else out_dir.parent
+            selected = out_dir.relative_to(os.path.abspath(root)).as_posix()
+        with suppress(UserError):  # without its dataset, the bundled model's page has fewer lines
+            prepare_if_missing("names", config.data_dir)
+        runs = Runs(root, config.data_dir)
+        runs.run(selected)  # raises a UserError if there is no such run
+        server, address = make_server(listening, runs, selected, Path(positional[0]).as_posix() if positional else None)
+        print(address, flush=True)
+        server.run([listening])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from quill.trace import Inside, attention_steps, look_inside, rank
 
 SHOWN = 64  # rows and columns of a matrix, tokens of a context, likeliest tokens of a row
 MOST_CHOICES = 256  # tokens that may be drawn
+MOST_CHARACTERS = 2000  # of a text that is scored: a row for each
 BINS = 40  # of a histogram
 MOST_TOKENS = 20_000_000  # in a dataset whose lines are compared with the samples
 File = tuple[Path, int, int]  # a file, the time of its last change and its size: what a cache is keyed by
@@ -113,6 +114,8 @@ class Views:
         (model, tokenizer, _), text = self.open(self.file(asked)), asked.text or ""
         if not scoring.split_documents(text, tokenizer):
             raise UserError("there is no text to score")
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(f"the text is longer than {MOST_CHARACTERS:,} characters")
         ids, text = scoring.encode(text, tokenizer)
         return json.loads(scoring.to_json(scoring.score(model, tokenizer, ids, 1.0, torch.device("cpu"), SHOWN), text))
 
@@ -197,5 +200,7 @@ def shrink(value: torch.Tensor) -> list[list[float]]:
 
 def histogram(value: torch.Tensor) -> dict[str, list[float]]:
     """Count the finite values in BINS bins of one width."""
-    counts, edges = np.histogram(value[value.isfinite()].double().numpy(), BINS)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+    finite = value[value.isfinite()].double().numpy()
+    scale = float(np.abs(finite).max(initial=0)) or 1.0  # else numpy fails where all values are equal and large
+    counts, edges = np.histogram(finite / scale, BINS)
+    return {"edges": (edges * scale).tolist(), "counts": counts.tolist()}
