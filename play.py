@@ -46,10 +46,18 @@ def open_socket(port: int) -> socket.socket:
     raise UserError(f"--port={port}: {problem}, and so are the next ports; give another --port")
 
 
+def find_run(out_dir: str) -> tuple[Path, str]:
+    """Return the folder whose runs are listed, which is out if `out_dir` is in it, and the name of the run in it."""
+    root, folder = Path(os.path.abspath("out")), Path(os.path.abspath(out_dir))
+    if root != folder and root not in folder.parents:
+        root = folder.parent
+    return root, folder.relative_to(root).as_posix()
+
+
 def main(argv: list[str]) -> None:
     """Read the options, and serve the page until a signal arrives."""
     positional, flags = read_args(argv, PlayConfig, __doc__)
-    config, root = PlayConfig(**flags), Path("out")
+    config = PlayConfig(**flags)
     if len(positional) + bool(config.out_dir) > 1:
         raise UserError(f"give one config, or --out_dir, not {' '.join(argv)}")
     names = [path.relative_to(CONFIG_DIR.parent).as_posix() for path in config_files()]
@@ -63,11 +71,7 @@ def main(argv: list[str]) -> None:
         from quill.play.runs import Runs
         from quill.play.server import make_server
 
-        selected = "bundled"
-        if config.out_dir:
-            out_dir = Path(os.path.abspath(config.out_dir))
-            root = root if Path(os.path.abspath(root)) in out_dir.parents else out_dir.parent
-            selected = out_dir.relative_to(os.path.abspath(root)).as_posix()
+        root, selected = find_run(config.out_dir) if config.out_dir else (Path("out"), "bundled")
         with suppress(UserError):  # without its dataset, the bundled model's page has fewer lines
             prepare_if_missing("names", config.data_dir)
         runs = Runs(root, config.data_dir)

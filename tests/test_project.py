@@ -22,7 +22,8 @@ def requirements(name):
 
 
 @pytest.mark.parametrize(
-    "name, groups", [("requirements.txt", ["test"]), ("requirements-extra.txt", ["tensorboard", "bpe", "hf", "play", "dev"])]
+    "name, groups",
+    [("requirements.txt", ["test"]), ("requirements-extra.txt", ["tensorboard", "bpe", "hf", "play", "dev"])],
 )
 def test_requirements_mirror_pyproject(name, groups):
     wanted = PROJECT["dependencies"] if name == "requirements.txt" else []
