@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from model import GPT
 from quill.cli import coerce, option_types
@@ -115,6 +116,14 @@ def _check_moments(optimizer, saved, step):
                 raise UserError(f"{name} of a parameter must be finite and have the shape {tuple(shape)}")
 
 
+class _WithoutDrawing(TorchFunctionMode):
+    """Leave initial weights as they are. Drawing those without memory would import torch's compiler, for 2 seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_drawing = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if is_drawing else func(*args, **(kwargs or {}))
+
+
 def _expected_shapes(config, vocab_size, weights):
     """Return the shapes that the model's weights must have, from a model without memory. → {name: shape}"""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
@@ -126,7 +135,7 @@ def _expected_shapes(config, vocab_size, weights):
         # Counted first, because a model of very many layers takes long to build even without memory.
         if options.n_layer != len(layers):
             raise UserError(f"config has n_layer={options.n_layer}, but model has the weights of {len(layers)} layers")
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutDrawing():
             model = GPT(options, vocab_size)
     except UserError as error:
         raise UserError(f"config: {error}") from None
