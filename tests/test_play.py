@@ -694,10 +694,10 @@ def test_a_package_that_is_missing(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_the_script_prints_its_address_and_ends_at_once(number, tmp_path):
+def test_the_script_prints_its_address_and_ends_at_once(page, number, tmp_path):
     """Also while a page listens to events. The line is all that it prints."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "play.py", "--port=0", f"--data_dir={tmp_path}"],
+        [sys.executable, ROOT / "play.py", "--port=0", f"--data_dir={page.folder / 'data'}"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
