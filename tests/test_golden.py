@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import export
+import play
 import prepare
 import sample
 import train
@@ -43,7 +44,7 @@ def printed(capsys, main, *argv):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample, export], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [prepare, train, sample, export, play], ids=lambda script: script.__name__)
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as exit:
         script.main(["--help"])
