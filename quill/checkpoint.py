@@ -14,8 +14,6 @@ can't run code. Its checksums are verified. It is written whole or not at all. I
     threads                 CPU threads, which decide how sums are rounded; None where unknown (since format 2)
 """
 
-from __future__ import annotations
-
 import pickle
 import warnings
 import zipfile

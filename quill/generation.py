@@ -8,8 +8,6 @@ The tests compare this file with `GPT.generate` in model.py, which computes the 
 Shapes: B sequences in a batch, T tokens in a sequence, H heads, D = C / H, V = vocab_size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

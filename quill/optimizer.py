@@ -1,7 +1,5 @@
 """The learning-rate schedule, the choice of an optimizer for each parameter, and a faster Muon."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 

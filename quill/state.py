@@ -3,8 +3,6 @@
 Random numbers and batches are not saved: they are derived from the seed and the step.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any

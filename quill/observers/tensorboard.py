@@ -9,8 +9,6 @@ TensorBoard is created, so that a run without it does not need the package.
 Shapes: T tokens in a sequence.
 """
 
-from __future__ import annotations
-
 import tempfile
 import threading
 from collections.abc import Iterator
