@@ -1,0 +1,86 @@
+/** The head of the page: which run is shown, its counts, train, pause, one step. */
+
+import { ask, query } from "./api.js";
+import { $, announce, complain, count, fill, fixed } from "./dom.js";
+import * as form from "./newrun.js";
+import { on, view } from "./store.js";
+
+const WORDS = { bundled: "a trained model, ready to play with", running: "training …", waiting: "waiting for the next step", paused: "paused", finished: "finished" };
+let open = null; // shows another run: main.js
+
+/** Wire the head; `show` opens a run by its name or its run object. */
+export function start(show) {
+  open = show;
+  $("run").onchange = () => show($("run").value);
+  $("train").onclick = () => tried("Asking for training …", train);
+  $("step").onclick = () => tried("Taking one step …", oneStep);
+  $("anew").onclick = () => tried("Starting anew …", () => startAnew());
+  on("run runs", describe);
+}
+
+/** Do `work`, say so meanwhile, and show what went wrong under the buttons. */
+async function tried(words, work) {
+  complain($("error"), "");
+  $("status").textContent = words;
+  const buttons = ["train", "step", "anew"].map($);
+  buttons.forEach((button) => button.setAttribute("aria-disabled", "true"));
+  try {
+    await work();
+  } catch (error) {
+    complain($("error"), error.message);
+  }
+  buttons.forEach((button) => button.removeAttribute("aria-disabled"));
+  describe();
+}
+
+const control = async (action) => open(await ask("/api/control", { name: view.run.name, action }));
+
+/** Start a run like this one; what the form says holds if it starts from this run. */
+async function startAnew(paused = false) {
+  await open(await ask("/api/start", { ...form.request(), paused }));
+}
+
+/** Train or pause, as the run's status has it. */
+async function train() {
+  const { status } = view.run;
+  if (status === "running") return control("pause");
+  if (status === "paused" || status === "waiting") return control("train");
+  return startAnew();
+}
+
+/** One step of this run; a bundled or a finished run cannot go on, so a new one waits at step 0 for its first. */
+async function oneStep() {
+  if (["bundled", "finished"].includes(view.run.status)) await startAnew(true);
+  await control("step");
+}
+
+/** Show the run's status and its counts. The live region hears about the status only. */
+function describe() {
+  const { run, runs } = view;
+  if (!run) return;
+  fill($("run"), runs.map(({ name, title }) => [name, title || name]), run.name);
+  const active = run.status === "running";
+  $("train").textContent = active ? "❚❚ Pause" : run.status === "finished" ? "▶ Train again" : "▶ Train";
+  $("step").disabled = active;
+  const numbers = [[run.documents, "documents"], [run.documents ? null : run.train_tokens, "tokens of text"], [run.vocab_size, "different tokens"], [run.parameters, "parameters"]];
+  $("counts").textContent = numbers.filter(([number]) => number).map(([number, unit]) => `${count(number)} ${unit}`).join(" · ");
+  const last = run.evaluations.at(-1);
+  const loss = last ? `, validation loss ${fixed(last.val_loss)}` : "";
+  const speed = active && last?.tokens_per_s ? `, ${count(Math.round(last.tokens_per_s))} tokens a second` : "";
+  const progress = run.status === "bundled" ? "" : ` Step ${count(run.step)} of ${count(run.max_iters)}${loss}${speed}.`;
+  if (!document.body.classList.contains("lost")) $("status").textContent = `${run.name}: ${WORDS[run.status] ?? run.status}.${progress} ${run.note || ""}`;
+  announce(`${run.name}: ${WORDS[run.status] ?? run.status}`);
+  failed(run);
+}
+
+/** A run that ended before its first step says why in its log. */
+function failed(run) {
+  const ended = ["paused", "finished"].includes(run.status) && run.step === 0;
+  const reason = run.error || (ended ? (run.log || "").trim().split("\n").at(-1) : "");
+  if (reason) complain($("error"), reason);
+}
+
+/** Ask for the list of runs. */
+export async function listRuns() {
+  return (await ask(query("/api/runs", {}))).runs;
+}

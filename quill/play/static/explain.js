@@ -1,0 +1,66 @@
+/** For each panel: what to look for, its formula, the code that computes it, and an exercise. */
+
+import { $, el } from "./dom.js";
+
+const PANELS = {
+  samples: {
+    look: "★ marks a text that is not in the data: the model made it up.",
+    formula: "text = token₁ token₂ … , each drawn from p(next | all tokens before it)",
+    code: ["sample_token", "GPT.forward"],
+    exercise: "Move the temperature to 0.1, then to 2. At which end do all samples look alike, and why?",
+  },
+  token: {
+    look: "Move the temperature: the bars change, the logits do not. Then draw.",
+    formula: "pᵢ = e^(zᵢ / T) ∕ Σⱼ e^(zⱼ / T)      zᵢ: logit of token i, T: temperature",
+    code: ["CausalSelfAttention.attend", "probabilities"],
+    exercise: "Type your name letter by letter. At which letter is the longest bar wrong?",
+  },
+  loss: {
+    look: "The curve should fall below the die, then below the models that only count.",
+    formula: "loss = −(1/N) Σ ln p(right token)      a die with V sides: ln V",
+    code: ["GPT.forward", "train_step"],
+    exercise: "Train with a rate ten times larger, and compare the two curves. What happens with a hundred times?",
+  },
+  network: {
+    look: "Click a part to see its numbers. Most of them are in few parts.",
+    formula: "x ← x + attention(norm(x));   x ← x + MLP(norm(x));   logits = W x",
+    code: ["Block.forward", "MLP.forward", "GPT.final_hidden"],
+    exercise: "Double the width n_embd. Which parts get twice as many parameters, and which four times?",
+  },
+  table: {
+    look: "Long bars are surprises. The framed cell of a row is the token that really came; darker cells are likelier.",
+    formula: "surprise = −ln p(token | the tokens before it);   mean = their sum ∕ their number",
+    code: ["score"],
+    exercise: "Find a name with a mean below 1.5, and one above 4. What do the surprising letters have in common?",
+  },
+  weights: {
+    look: "At the start this is noise. In training, rows of similar tokens become similar.",
+    formula: "w ← w − rate · (gradient, smoothed and scaled by the optimizer)",
+    code: ["init_weights", "train_step"],
+    exercise: "Watch wte while it trains, letter by letter. Do the vowels become alike?",
+  },
+};
+
+/** Put the sentence, the formula and the exercise into each panel; `code` is that of /api/setup. */
+export function start(code) {
+  for (const [panel, { look, formula, code: names, exercise }] of Object.entries(PANELS)) {
+    const where = $(panel);
+    where.querySelector(".look").textContent = look;
+    const sources = names.map((name) => find(code, name)).filter(Boolean).map(listing);
+    const details = el("details", {}, el("summary", { textContent: "Formula, code, exercise" }), el("p", { className: "formula", textContent: formula }), ...sources);
+    details.append(el("p", { className: "exercise" }, el("b", { textContent: "Try it. " }), exercise));
+    where.querySelector(".explain").replaceChildren(details);
+  }
+}
+
+/** The entry of a function: by its key or by its name, with or without its class. */
+function find(code, name) {
+  const short = name.split(".").at(-1);
+  return code[name] ?? code[short] ?? Object.values(code).find((entry) => entry.name === name || entry.name.endsWith(`.${name}`));
+}
+
+/** A function's place and its lines. */
+function listing({ name, file, line, source }) {
+  const pre = el("pre", { tabIndex: 0, "aria-label": `The code of ${name}` }, el("code", { textContent: source }));
+  return el("figure", {}, el("figcaption", { textContent: `${file}, line ${line}: ${name}` }), pre);
+}

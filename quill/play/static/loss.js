@@ -1,0 +1,138 @@
+/** Panel "How wrong is it?": the training curve, the validation points, the counted models, and a pinned run. */
+
+import { colour } from "./canvas.js";
+import { $, el, fill, fixed } from "./dom.js";
+import { on, view } from "./store.js";
+
+const NAMES = { die: "a die", unigram: "counting tokens", bigram: "counting pairs" };
+const HEIGHT = 270;
+let plot = null;
+
+/** Wire the panel. */
+export function start() {
+  on("run pinned", draw);
+  on("step", () => plot?.redraw(false));
+  on("theme", rebuild);
+  on("run", () => {
+    if ($("log").textContent === (view.run.log || "")) return;
+    const follows = $("log").scrollTop + $("log").clientHeight >= $("log").scrollHeight - 20;
+    $("log").textContent = view.run.log || "";
+    if (follows) $("log").scrollTop = $("log").scrollHeight;
+  });
+  new ResizeObserver(() => plot?.setSize({ width: $("curve").clientWidth, height: HEIGHT })).observe($("curve"));
+}
+
+/** The mean of each point and its neighbours: a batch of one name jumps, its mean shows the way. */
+function smooth(losses) {
+  const reach = Math.floor(losses.length / 50);
+  if (!reach) return losses;
+  const sums = [0];
+  for (const loss of losses) sums.push(sums.at(-1) + loss);
+  return losses.map((_, i) => {
+    const [from, to] = [Math.max(0, i - reach), Math.min(losses.length, i + reach + 1)];
+    return (sums[to] - sums[from]) / (to - from);
+  });
+}
+
+/** Curves of both runs on one axis of steps. → uPlot's columns */
+function columns() {
+  const curves = [view.run, view.pinned].flatMap((run) => run ? [
+    new Map(run.curve.step.map((step, i) => [step, run.curve.loss[i]])),
+    new Map(smooth(run.curve.loss).map((loss, i) => [run.curve.step[i], loss])),
+    new Map(run.evaluations.map((one) => [one.step, one.val_loss])),
+  ] : [new Map(), new Map(), new Map()]);
+  const steps = [...new Set(curves.flatMap((curve) => [...curve.keys()]))].sort((a, b) => a - b);
+  return [steps, ...curves.map((curve) => steps.map((step) => curve.get(step)))];
+}
+
+/** The range of the y axis: all curves and the lines of the counted models. */
+function range(_, low, high) {
+  const lines = Object.values(view.run?.baselines ?? {});
+  const [from, to] = [Math.min(low ?? 9, ...lines), Math.max(high ?? 0, ...lines)];
+  return [from - 0.06 * (to - from || 1), to + 0.06 * (to - from || 1)];
+}
+
+const reach = (_, low, high) => [low ?? 0, Math.max(high ?? 1, view.run?.curve.step.length ? 1 : view.run?.max_iters ?? 1)];
+
+/** A new plot, with the theme's colours. */
+function rebuild() {
+  plot?.destroy();
+  const line = (stroke, width, dash) => ({ stroke, width, dash, spanGaps: true, points: { show: false } });
+  const dots = (stroke) => ({ stroke, width: 2, spanGaps: true, points: { show: true, size: 8, fill: stroke } });
+  const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") }, font: "12px system-ui" };
+  plot = new uPlot({
+    width: $("curve").clientWidth || 300,
+    height: HEIGHT,
+    legend: { show: false },
+    cursor: { drag: { x: false, y: false } },
+    scales: { x: { time: false, range: reach }, y: { range } },
+    axes: [{ ...axis, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui", size: 32 }, { ...axis, size: 44 }],
+    series: [{}, line(colour("faint-blue"), 1), line(colour("blue"), 2), dots(colour("ink")), line(colour("faint-orange"), 1), line(colour("orange"), 2), { ...dots(colour("orange")), dash: [6, 4] }],
+    hooks: { draw: [drawLines] },
+  }, columns(), $("curve"));
+}
+
+/** Horizontal lines with names for the models that only count, and a vertical one at the chosen step. */
+function drawLines(u) {
+  const { ctx, bbox } = u;
+  const ratio = devicePixelRatio || 1;
+  ctx.save();
+  ctx.font = `${12 * ratio}px system-ui`;
+  ctx.strokeStyle = ctx.fillStyle = colour("muted");
+  ctx.lineWidth = ratio;
+  ctx.setLineDash([2 * ratio, 4 * ratio]);
+  ctx.textAlign = "right";
+  for (const [name, loss] of Object.entries(view.run?.baselines ?? {})) {
+    const y = u.valToPos(loss, "y", true);
+    stroke(ctx, bbox.left, y, bbox.left + bbox.width, y);
+    write(ctx, `${NAMES[name] ?? name} ${fixed(loss, 2)}`, bbox.left + bbox.width - 6 * ratio, y - 5 * ratio);
+  }
+  if (view.step !== null) {
+    const x = u.valToPos(view.step, "x", true);
+    ctx.strokeStyle = colour("ink");
+    stroke(ctx, x, bbox.top, x, bbox.top + bbox.height);
+  }
+  ctx.restore();
+}
+
+/** Text with a border of paper, so that a curve that crosses it leaves it readable. */
+function write(context, text, x, y) {
+  context.save();
+  context.setLineDash([]);
+  context.lineWidth = 5 * devicePixelRatio;
+  context.strokeStyle = colour("paper");
+  context.strokeText(text, x, y);
+  context.fillText(text, x, y);
+  context.restore();
+}
+
+function stroke(context, ...[x, y, toX, toY]) {
+  context.beginPath();
+  context.moveTo(x, y);
+  context.lineTo(toX, toY);
+  context.stroke();
+}
+
+/** Show the curves of the run, and say their last numbers in words. */
+function draw() {
+  if (!view.run) return;
+  if (plot) plot.setData(columns());
+  else rebuild();
+  const { curve, evaluations, baselines } = view.run;
+  const entry = (name, text, value) => el("li", {}, el("span", { className: `swatch ${name}` }), text, " ", el("b", { textContent: value }));
+  const items = [];
+  if (curve.loss.length) items.push(entry("train", "training", fixed(smooth(curve.loss).at(-1), 2)));
+  if (evaluations.length) items.push(entry("val", "validation", fixed(evaluations.at(-1).val_loss)));
+  if (view.pinned) items.push(entry("pinned", view.pinned.name, fixed(view.pinned.evaluations.at(-1)?.val_loss)));
+  if (!items.length) items.push(el("li", { textContent: "No curve yet: press Train." }));
+  $("legend").replaceChildren(...items);
+  const lines = Object.entries(baselines ?? {}).map(([name, loss]) => `${NAMES[name] ?? name} ${fixed(loss, 2)}`);
+  $("curve").setAttribute("aria-label", `Loss at each step. ${[$("legend").textContent, ...lines].join("; ")}`);
+  $("curve").dataset.points = curve.step.length;
+}
+
+/** Offer every other run for comparison. */
+export function offer(runs) {
+  const others = runs.filter(({ name }) => name !== view.run?.name).map(({ name }) => [name, name]);
+  fill($("pinned"), [["", "nothing"], ...others], view.pinned?.name ?? "");
+}

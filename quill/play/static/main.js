@@ -1,0 +1,124 @@
+/** Starts the page: asks what there is, shows a run, and keeps every panel at the newest step or at the chosen one. */
+
+import { ask, gently, oneAtATime, query } from "./api.js";
+import * as controls from "./controls.js";
+import { $, complain } from "./dom.js";
+import * as explain from "./explain.js";
+import * as lessons from "./lessons.js";
+import * as loss from "./loss.js";
+import * as network from "./network.js";
+import * as newrun from "./newrun.js";
+import * as samples from "./samples.js";
+import { change, on, view } from "./store.js";
+import { listen } from "./stream.js";
+import * as table from "./table.js";
+import * as timeline from "./timeline.js";
+import * as token from "./token.js";
+import * as weights from "./weights.js";
+
+const PANELS = { token, samples, table, weights, network }; // those that ask for numbers of the weights
+const inView = new Set();
+const stale = new Set(); // panels out of view whose numbers are older than the run
+
+/** Refresh what can be seen; the other panels follow when they are scrolled into view. */
+const round = oneAtATime(async () => {
+  Object.keys(PANELS).forEach((name) => stale.add(name));
+  await Promise.all([...stale].filter((name) => inView.has(name)).map((name) => {
+    stale.delete(name);
+    return PANELS[name].refresh();
+  }));
+});
+
+const follow = gently(round); // the automatic rounds of a run that trains
+
+/** Refresh a panel that scrolls into view with older numbers. */
+function watchPanels() {
+  const observer = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) inView.add(target.id);
+      else inView.delete(target.id);
+      if (isIntersecting && stale.delete(target.id)) PANELS[target.id].refresh();
+    }
+  }, { rootMargin: "80px" });
+  Object.keys(PANELS).forEach((name) => {
+    stale.add(name);
+    observer.observe($(name));
+  });
+}
+
+/** Show a run, by its name or its run object. */
+async function open(which) {
+  try {
+    const run = typeof which === "string" ? await ask(query("/api/run", { name: which })) : which;
+    const other = run.name !== view.run?.name;
+    if (other) {
+      complain($("error"), "");
+      if (view.pinned?.name === run.name) change({ pinned: null });
+      change({ step: null, layer: 0, head: 0, run });
+      chooseTexts(run);
+      listen(run.name, arrived);
+      round();
+    } else {
+      arrived(run);
+    }
+    if (other || !view.runs.some(({ name }) => name === run.name)) change({ runs: await controls.listRuns() });
+  } catch (error) {
+    complain($("error"), error.message);
+  }
+}
+
+/** A new state of the run that is shown. */
+function arrived(run) {
+  if (run.name !== view.run?.name) return;
+  const before = view.run;
+  change({ run });
+  if (before.status !== run.status) controls.listRuns().then((runs) => change({ runs }), () => {});
+  const moved = run.weights_step !== before.weights_step || run.step !== before.step || run.snapshots.length !== before.snapshots.length;
+  if (moved && view.step === null && !document.hidden) follow();
+}
+
+/** A first text for the panels: a name for names, else the vocabulary decides. Typed texts are kept. */
+function chooseTexts(run) {
+  const names = (run.options?.dataset || "names").startsWith("names");
+  for (const [id, text] of [["text", names ? "ann" : ""], ["score-text", names ? "anna" : "the"]]) {
+    if ($(id).dataset.typed) continue;
+    $(id).value = text;
+  }
+  change({ text: $("text").value });
+}
+
+/** Compare with another run. */
+async function pin() {
+  const name = $("pinned").value;
+  try {
+    change({ pinned: name ? await ask(query("/api/run", { name })) : null });
+    complain($("loss"), "");
+  } catch (error) {
+    complain($("loss"), error.message);
+  }
+}
+
+async function main() {
+  for (const panel of [token, samples, table, weights, network, timeline, loss]) panel.start();
+  for (const id of ["text", "score-text"]) $(id).addEventListener("input", () => ($(id).dataset.typed = "yes"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => change({ theme: performance.now() }));
+  addEventListener("resize", () => change({ theme: performance.now() }));
+  on("step pinned", round);
+  on("runs run", () => loss.offer(view.runs));
+  $("pinned").onchange = pin;
+  try {
+    const setup = await ask("/api/setup");
+    change({ setup, runs: await controls.listRuns() });
+    controls.start(open);
+    newrun.start(setup, open);
+    lessons.start(setup, open);
+    explain.start(setup.code);
+    await open(setup.selected || view.runs[0].name);
+    watchPanels();
+  } catch (error) {
+    $("status").textContent = error.message;
+    complain($("error"), error.message);
+  }
+}
+
+main();

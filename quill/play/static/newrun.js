@@ -1,0 +1,122 @@
+/** The form for a new run: a config or a run to start from, data or a pasted text, dials; and its export as a config. */
+
+import { ask, query } from "./api.js";
+import { $, complain, el, fill } from "./dom.js";
+import { change, on, view } from "./store.js";
+
+const PASTE = "paste a text …";
+const OFFLINE = "names"; // bundled, so the first run needs no network
+let base = {}; // the options that the form starts from
+
+/** Open or close a folded panel, and say so on its button. */
+export function fold(id, open = $(id).hidden) {
+  $(id).hidden = !open;
+  $(`open-${id}`).ariaExpanded = String(open);
+}
+
+/** Build the form from /api/setup; `show` opens the run that it starts. */
+export function start(setup, show) {
+  for (const id of ["new", "lessons"]) $(`open-${id}`).onclick = () => fold(id);
+  $("config").onchange = take;
+  $("dataset").onchange = () => {
+    $("pasted").hidden = $("dataset").value !== PASTE;
+  };
+  $("dials").replaceChildren(...setup.dials.map(dial));
+  $("form").onsubmit = async (event) => {
+    event.preventDefault();
+    complain($("form-error"), "");
+    try {
+      await show(await ask("/api/start", { ...request(), paused: false }));
+      fold("new", false);
+      scrollTo({ top: 0 });
+    } catch (error) {
+      complain($("form-error"), error.message);
+    }
+  };
+  $("export").onclick = exportConfig;
+  fill($("dataset"), [...setup.datasets, PASTE].map((name) => [name, name]));
+  let name = null;
+  on("run", () => {
+    if (view.run.name === name) return; // only another run, not a new step of this one
+    name = view.run.name;
+    offer(setup);
+  });
+  if (setup.selected_config) offer(setup, setup.selected_config);
+}
+
+/** Offer the run that is shown, then every config. */
+function offer(setup, chosen = null) {
+  const run = view.run && view.run.status !== "bundled" ? [[`run:${view.run.name}`, `like ${view.run.name}`]] : [];
+  const configs = setup.configs.map(({ name, title }) => [name, `${name.replace("config/", "").replace(".py", "")}: ${title}`]);
+  const first = chosen ?? (run.length ? run[0][0] : setup.selected_config ?? "config/microgpt.py");
+  fill($("config"), [...run, ...configs], first);
+  $("config").value = first;
+  take();
+}
+
+/** A number, a choice or a switch for one option. */
+function dial({ name, help, kind, choices }) {
+  const id = `dial-${name}`;
+  const list = kind === "bool" ? ["True", "False"] : choices;
+  const input = list
+    ? el("select", { id, title: help }, ...list.map((value) => el("option", { value, textContent: value })))
+    : el("input", { id, type: "number", step: kind === "int" ? 1 : "any", title: help });
+  return el("label", { className: "field" }, el("span", { textContent: name }), input, el("small", { textContent: help }));
+}
+
+/** Put the options of the chosen config or run into the form. */
+function take() {
+  const { setup, run } = view;
+  const value = $("config").value;
+  const config = setup.configs.find(({ name }) => name === value);
+  base = config ? config.options : run?.options ?? {};
+  $("about").textContent = config ? config.about : "The same options as this run, from new weights.";
+  for (const { name } of setup.dials) $(`dial-${name}`).value = base[name] ?? "";
+  const dataset = value === "config/microgpt.py" && setup.datasets.includes(OFFLINE) ? OFFLINE : base.dataset;
+  if (dataset && ![...$("dataset").options].some((option) => option.value === dataset)) $("dataset").prepend(el("option", { value: dataset, textContent: dataset }));
+  $("dataset").value = dataset;
+  $("dataset").onchange();
+  $("export").disabled = !run;
+}
+
+/** A dial's value as JSON, by its kind. */
+function valueOf({ name, kind }) {
+  const text = $(`dial-${name}`).value;
+  if (text === "") return null;
+  if (kind === "bool") return text === "True";
+  return kind === "int" || kind === "float" ? Number(text) : text;
+}
+
+/** What /api/start takes: only the options that differ from those of the config or of the run. */
+export function request() {
+  const value = $("config").value;
+  const options = {};
+  for (const one of view.setup.dials) {
+    const now = valueOf(one);
+    if (now !== null && String(now) !== String(base[one.name])) options[one.name] = now;
+  }
+  const pasted = $("dataset").value === PASTE;
+  if (!pasted && $("dataset").value !== base.dataset) options.dataset = $("dataset").value;
+  const from = value.startsWith("run:") ? { config: null, run: value.slice(4) } : { config: value, run: null };
+  const text = pasted ? $("text-of-run").value : null;
+  return { ...from, options, text, documents: pasted && $("lines").checked ? "lines" : "none" };
+}
+
+/** Start the config `name` with its own options: a lesson. */
+export function choose(name, options = {}) {
+  $("config").value = name;
+  take();
+  return { config: name, run: null, options, text: null, documents: "none", paused: false };
+}
+
+/** Show the config file that trains the shown run again. */
+async function exportConfig() {
+  try {
+    $("exported").textContent = await ask(query("/api/config", { name: view.run.name }));
+    $("exported").hidden = false;
+    complain($("form-error"), "");
+  } catch (error) {
+    complain($("form-error"), error.message);
+  }
+  change({});
+}

@@ -1,0 +1,42 @@
+/** What the page shows now. Whoever changes it says so, and whoever shows it listens. */
+
+export const view = {
+  setup: null, // the answer of /api/setup
+  runs: [], // the answer of /api/runs
+  run: null, // the run object that the page shows
+  pinned: null, // the run object beside it, or null
+  step: null, // a saved step, or null for the newest weights
+  text: "", // what panel "What comes next?" continues
+  layer: 0,
+  head: 0,
+  temperature: 0.5,
+  top_k: null,
+  top_p: null,
+  prompt: "",
+  seed: 1337,
+};
+
+const bus = new EventTarget();
+
+/** Call `listener` when one of the keys `names` (separated by spaces) changes. */
+export function on(names, listener) {
+  for (const name of names.split(" ")) bus.addEventListener(name, listener);
+}
+
+/** Change keys of `view` and tell the listeners of each once. */
+export function change(part) {
+  const changed = Object.keys(part).filter((key) => view[key] !== part[key]);
+  Object.assign(view, part);
+  for (const key of changed) bus.dispatchEvent(new Event(key));
+}
+
+/** The newest saved step of `run` that is not later than `step`; null stands for the newest weights. */
+export function momentOf(run, step) {
+  if (step === null || !run.snapshots.length) return null;
+  return run.snapshots.filter((saved) => saved <= step).at(-1) ?? run.snapshots[0];
+}
+
+/** Whether every line of the run's texts is a document, such as a name. */
+export function writesLines(run) {
+  return run.tokens_are_lines ?? (run.documents !== null && run.documents !== undefined);
+}

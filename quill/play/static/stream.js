@@ -1,0 +1,48 @@
+/** The event stream of the run that is shown: it tells what changed, and when the server is gone or back. */
+
+import { ask, query, streamAddress } from "./api.js";
+import { $, announce } from "./dom.js";
+
+let source = null;
+let timer = null;
+
+/** Say in the status line that the server is away; `lost` is null when all is well. */
+function say(lost) {
+  document.body.classList.toggle("lost", lost !== null);
+  if (lost !== null) $("status").textContent = lost;
+}
+
+/** Listen to the run `name`, and call `changed` with each run object. Replaces the stream before. */
+export function listen(name, changed) {
+  source?.close();
+  clearTimeout(timer);
+  const mine = new EventSource(streamAddress(name));
+  source = mine;
+  mine.onmessage = (event) => {
+    if (document.body.classList.contains("lost")) announce("The server is back.");
+    say(null);
+    changed(JSON.parse(event.data));
+  };
+  mine.onerror = () => {
+    if (source === mine) retry(name, changed);
+  };
+}
+
+/** Ask why the stream ended, once a second, until the server answers. */
+async function retry(name, changed) {
+  source.close();
+  try {
+    changed(await ask(query("/api/run", { name })));
+    say(null);
+    announce("The server is back.");
+    timer = setTimeout(() => listen(name, changed), 1000);
+  } catch (error) {
+    if (error.status === 403) {
+      say("The server was started again and has a new address. Open the line that it printed: all runs are there.");
+    } else {
+      say("The server does not answer. Runs go on without it. This page tries again every second …");
+    }
+    announce($("status").textContent);
+    timer = setTimeout(() => retry(name, changed), 1000);
+  }
+}
