@@ -1,7 +1,7 @@
 /** The head of the page: which run is shown, its counts, train, pause, one step. */
 
 import { ask, query } from "./api.js";
-import { $, announce, complain, count, fill, fixed } from "./dom.js";
+import { $, announce, complain, count, fill } from "./dom.js";
 import * as form from "./newrun.js";
 import { on, view } from "./store.js";
 
@@ -64,11 +64,9 @@ function describe() {
   $("step").disabled = active;
   const numbers = [[run.documents, "documents"], [run.documents ? null : run.train_tokens, "tokens of text"], [run.vocab_size, "different tokens"], [run.parameters, "parameters"]];
   $("counts").textContent = numbers.filter(([number]) => number).map(([number, unit]) => `${count(number)} ${unit}`).join(" · ");
-  const last = run.evaluations.at(-1);
-  const loss = last ? `, validation loss ${fixed(last.val_loss)}` : "";
-  const speed = active && last?.tokens_per_s ? `, ${count(Math.round(last.tokens_per_s))} tokens a second` : "";
-  const progress = run.status === "bundled" ? "" : ` Step ${count(run.step)} of ${count(run.max_iters)}${loss}${speed}.`;
-  if (!document.body.classList.contains("lost")) $("status").textContent = `${run.name}: ${WORDS[run.status] ?? run.status}.${progress} ${run.note || ""}`;
+  const rate = run.evaluations.at(-1)?.tokens_per_s;
+  const speed = active && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
+  if (!document.body.classList.contains("lost")) $("status").textContent = `${run.name}: ${WORDS[run.status] ?? run.status}.${speed} ${run.note || ""}`;
   announce(`${run.name}: ${WORDS[run.status] ?? run.status}`);
   failed(run);
 }

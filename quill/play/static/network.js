@@ -42,8 +42,14 @@ function words(name) {
   return key ? WORDS[key] : "";
 }
 
+/** The last part of a name; a block's is its number. */
+function label(name) {
+  const last = name.split(".").at(-1);
+  return /^\d+$/.test(last) ? `block ${last}` : last || "GPT";
+}
+
 function show(parts) {
-  const most = Math.max(...parts.filter(({ matrix }) => matrix).map(({ parameters }) => parameters), 1);
+  const most = Math.max(1, ...parts.filter(({ matrix }) => matrix).map(({ parameters }) => parameters));
   $("parts").replaceChildren(...parts.map((part) => line(part, most)));
   mark();
 }
@@ -52,7 +58,7 @@ function show(parts) {
 function line({ name, kind, shape, parameters, depth, tied, matrix }, most) {
   const size = shape?.length ? shape.join(" × ") : "";
   const cells = [
-    el("b", { textContent: name.split(".").slice(-2).join(".").replace(/^(transformer|h)\./, "") || "GPT" }),
+    el("b", { textContent: label(name) }),
     el("span", { className: "word", textContent: words(name) || kind }),
     el("span", { textContent: size }),
     el("span", { className: "number", textContent: parameters ? count(parameters) : "" }),
