@@ -3,9 +3,10 @@
 import { ask, query } from "./api.js";
 import { $, announce, complain, count, fill } from "./dom.js";
 import * as form from "./newrun.js";
-import { on, view } from "./store.js";
+import { on, ready, view } from "./store.js";
 
-const WORDS = { bundled: "a trained model, ready to play with", running: "training …", waiting: "waiting for the next step", paused: "paused", finished: "finished" };
+const WORDS = { bundled: "ready to play with.", running: "training …", waiting: "waiting for the next step.", paused: "paused.", finished: "finished. Press Replay to watch it learn." };
+const STARTING = "starting: Python reads torch and the data, a few seconds …";
 let open = null; // shows another run: main.js
 
 /** Wire the head; `show` opens a run by its name or its run object. */
@@ -66,8 +67,10 @@ function describe() {
   $("counts").textContent = numbers.filter(([number]) => number).map(([number, unit]) => `${count(number)} ${unit}`).join(" · ");
   const rate = run.evaluations.at(-1)?.tokens_per_s;
   const speed = active && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
-  if (!document.body.classList.contains("lost")) $("status").textContent = `${run.name}: ${WORDS[run.status] ?? run.status}.${speed} ${run.note || ""}`;
-  announce(`${run.name}: ${WORDS[run.status] ?? run.status}`);
+  const words = active && !ready(run) ? STARTING : WORDS[run.status] ?? run.status;
+  document.body.classList.toggle("pending", !ready(run));
+  if (!document.body.classList.contains("lost")) $("status").textContent = `${run.title || run.name}: ${words}${speed} ${run.note || ""}`;
+  announce(`${run.title || run.name}: ${words}`);
   failed(run);
 }
 

@@ -52,12 +52,13 @@ function range(_, low, high) {
   return [from - 0.06 * (to - from || 1), to + 0.06 * (to - from || 1)];
 }
 
-const reach = (_, low, high) => [low ?? 0, Math.max(high ?? 1, view.run?.curve.step.length ? 1 : view.run?.max_iters ?? 1)];
+const reach = (_, low, high) => [Math.min(low ?? 0, 0), Math.max(high ?? 1, view.run?.curve.step.length ? 1 : view.run?.max_iters ?? 1)];
 
 /** A new plot, with the theme's colours. */
 function rebuild() {
   plot?.destroy();
   const line = (stroke, width, dash) => ({ stroke, width, dash, spanGaps: true, points: { show: false } });
+  const faint = (name) => ({ ...line(colour(name), 1), auto: false }); // single batches may leave the picture
   const dots = (stroke) => ({ stroke, width: 2, spanGaps: true, points: { show: true, size: 8, fill: stroke } });
   const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") }, font: "12px system-ui" };
   plot = new uPlot({
@@ -67,7 +68,7 @@ function rebuild() {
     cursor: { drag: { x: false, y: false } },
     scales: { x: { time: false, range: reach }, y: { range } },
     axes: [{ ...axis, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui", size: 32 }, { ...axis, size: 44 }],
-    series: [{}, line(colour("faint-blue"), 1), line(colour("blue"), 2), dots(colour("ink")), line(colour("faint-orange"), 1), line(colour("orange"), 2), { ...dots(colour("orange")), dash: [6, 4] }],
+    series: [{}, faint("faint-blue"), line(colour("blue"), 2), dots(colour("ink")), faint("faint-orange"), line(colour("orange"), 2), { ...dots(colour("orange")), dash: [6, 4] }],
     hooks: { draw: [drawLines] },
   }, columns(), $("curve"));
 }

@@ -2,7 +2,7 @@
 
 import { ask, oneAtATime, query } from "./api.js";
 import { $, complain, count, el } from "./dom.js";
-import { change, momentOf, on, view } from "./store.js";
+import { change, momentOf, on, ready, view } from "./store.js";
 
 const WORDS = { // what a part does, by the end of its name
   wte: "a vector for each token",
@@ -24,7 +24,7 @@ export function start() {
 
 /** Load the parts; they change only with the run. */
 export const refresh = oneAtATime(async () => {
-  if (!view.run || of === view.run.name) return;
+  if (!view.run || !ready(view.run) || of === view.run.name) return;
   const name = view.run.name;
   try {
     const { parts } = await ask(query("/api/network", { name, step: momentOf(view.run, view.step) }));
@@ -68,7 +68,7 @@ function line({ name, kind, shape, parameters, depth, tied, matrix }, most) {
     ? el("button", { type: "button", title: `${name} (${kind})`, onclick: () => change({ matrix }) }, ...cells)
     : el("div", { title: `${name} (${kind})` }, ...cells);
   node.style.setProperty("--share", matrix && parameters ? parameters / most : 0);
-  node.style.setProperty("--depth", Math.max(0, (depth ?? 1) - 1));
+  node.style.setProperty("--depth", depth);
   if (matrix) node.dataset.matrix = matrix;
   return el("li", {}, node);
 }

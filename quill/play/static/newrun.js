@@ -6,6 +6,7 @@ import { change, on, view } from "./store.js";
 
 const PASTE = "paste a text …";
 const OFFLINE = "names"; // bundled, so the first run needs no network
+const EVALUATIONS = 10; // of a run, at least: an evaluation changes no weight, and its loss is a point of the curve
 let base = {}; // the options that the form starts from
 
 /** Open or close a folded panel, and say so on its button. */
@@ -97,6 +98,8 @@ export function request() {
   }
   const pasted = $("dataset").value === PASTE;
   if (!pasted && $("dataset").value !== base.dataset) options.dataset = $("dataset").value;
+  const steps = options.max_iters ?? base.max_iters;
+  if (base.eval_interval > steps / EVALUATIONS) options.eval_interval = Math.max(1, Math.floor(steps / EVALUATIONS));
   const from = value.startsWith("run:") ? { config: null, run: value.slice(4) } : { config: value, run: null };
   const text = pasted ? $("text-of-run").value : null;
   return { ...from, options, text, documents: pasted && $("lines").checked ? "lines" : "none" };

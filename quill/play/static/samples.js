@@ -2,7 +2,7 @@
 
 import { ask, oneAtATime } from "./api.js";
 import { $, complain, count, el } from "./dom.js";
-import { change, momentOf, on, view, writesLines } from "./store.js";
+import { change, momentOf, on, ready, view, writesLines } from "./store.js";
 
 const LINES = { count: 12, max_new_tokens: 40 }; // short texts, such as names
 const PROSE = { count: 1, max_new_tokens: 240 }; // one longer text
@@ -27,7 +27,7 @@ function question(run) {
 
 /** Load the samples of the run, and of the pinned one beside them. */
 export const refresh = oneAtATime(async () => {
-  if (!view.run) return;
+  if (!view.run || !ready(view.run)) return;
   try {
     const mine = await question(view.run);
     const theirs = view.pinned ? await question(view.pinned) : null;

@@ -36,7 +36,12 @@ export function momentOf(run, step) {
   return run.snapshots.filter((saved) => saved <= step).at(-1) ?? run.snapshots[0];
 }
 
+/** Whether the run has weights to look at: a run that has just started has none for a few seconds. */
+export function ready(run) {
+  return run.status === "bundled" || run.weights_step !== null || run.step > 0 || run.snapshots.length > 0 || run.evaluations.length > 0;
+}
+
 /** Whether every line of the run's texts is a document, such as a name. */
 export function writesLines(run) {
-  return run.tokens_are_lines ?? (run.documents !== null && run.documents !== undefined);
+  return run.tokens_are_lines ?? (Boolean(run.documents) || (run.options.dataset || "").startsWith("names"));
 }

@@ -3,7 +3,7 @@
 import { ask, oneAtATime } from "./api.js";
 import { mix, readPalette } from "./canvas.js";
 import { $, complain, el, fixed } from "./dom.js";
-import { momentOf, on, view } from "./store.js";
+import { momentOf, on, ready, view } from "./store.js";
 
 const COLUMNS = 30; // tokens in the head of the table, at most
 let answer = null; // of /api/score
@@ -19,7 +19,7 @@ const question = (run) => ask("/api/score", { name: run.name, step: momentOf(run
 
 /** Load the score of the text. */
 export const refresh = oneAtATime(async () => {
-  if (!view.run) return;
+  if (!view.run || !ready(view.run)) return;
   if (!$("score-text").value) {
     answer = null;
     $("scores").replaceChildren();

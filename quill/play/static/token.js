@@ -4,7 +4,7 @@ import { ask, oneAtATime } from "./api.js";
 import * as attention from "./attention.js";
 import { $, complain, el, fixed, plain } from "./dom.js";
 import { probabilities } from "./sampling.js";
-import { change, momentOf, on, view } from "./store.js";
+import { change, momentOf, on, ready, view } from "./store.js";
 import * as wheel from "./wheel.js";
 
 const SHOWN = 10; // bars before "show all"
@@ -54,7 +54,7 @@ function question(run) {
 
 /** Load the numbers of the run and of the pinned one. Errors are shown in the panel. */
 export const refresh = oneAtATime(async () => {
-  if (!view.run) return;
+  if (!view.run || !ready(view.run)) return;
   try {
     answer = await question(view.run);
     beside = view.pinned ? await question(view.pinned).catch(() => null) : null;
@@ -120,7 +120,7 @@ function bar(choice, p, other) {
 function mark(index) {
   [...$("bars").children].slice(1).forEach((row, i) => row.classList.toggle("chosen", i === index));
   const ended = answer.choices[index].token === END;
-  $("add").textContent = ended ? "Begin again" : `Add “${answer.choices[index].token}”`;
+  $("add").textContent = ended ? "Restart" : `Add “${answer.choices[index].token}”`;
 }
 
 /** Append the chosen token to the text; after the end, begin again with nothing. */

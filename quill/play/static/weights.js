@@ -3,10 +3,11 @@
 import { ask, oneAtATime, query } from "./api.js";
 import { colour, drawCells, prepare } from "./canvas.js";
 import { $, complain, count, fill, fixed } from "./dom.js";
-import { change, momentOf, on, view } from "./store.js";
+import { change, momentOf, on, ready, view } from "./store.js";
 
 let answer = null; // of /api/matrix
 let of = ""; // the run whose matrices are offered
+let offering = false;
 
 /** Wire the panel. */
 export function start() {
@@ -15,7 +16,7 @@ export function start() {
   $("heat").onpointermove = tellCell;
   on("matrix", () => {
     if ($("matrix").value !== view.matrix) $("matrix").value = view.matrix;
-    refresh();
+    if (!offering) refresh();
   });
   on("theme", () => answer && draw());
 }
@@ -26,13 +27,15 @@ async function offer(run) {
   const matrices = parts.filter(({ matrix }) => matrix).map(({ matrix }) => [matrix, matrix.replace("transformer.", "").replace(".weight", "")]);
   fill($("matrix"), matrices, view.matrix);
   of = run.name;
+  offering = true; // the caller loads the matrix itself
   change({ matrix: $("matrix").value });
+  offering = false;
 }
 
 /** Load the values of the chosen matrix. */
 export const refresh = oneAtATime(async () => {
   const { run } = view;
-  if (!run) return;
+  if (!run || !ready(run)) return;
   try {
     if (of !== run.name) await offer(run);
     answer = await ask(query("/api/matrix", { name: run.name, step: momentOf(run, view.step), matrix: view.matrix }));

@@ -52,7 +52,7 @@ export async function spin() {
 
 function draw() {
   if (!tokens.length) return;
-  const size = Math.min($("wheel").parentElement.clientWidth, 210);
+  const size = Math.min($("wheel").parentElement.clientWidth, 200);
   const context = prepare($("wheel"), size, size);
   const [centre, radius, n, i] = [size / 2, size / 2 - 14, Number($("n").value), chosen()];
   const at = (share) => (share - 0.25) * 2 * Math.PI;
