@@ -9,7 +9,7 @@ import * as loss from "./loss.js";
 import * as network from "./network.js";
 import * as newrun from "./newrun.js";
 import * as samples from "./samples.js";
-import { change, on, view } from "./store.js";
+import { change, on, ready, view } from "./store.js";
 import { listen } from "./stream.js";
 import * as table from "./table.js";
 import * as timeline from "./timeline.js";
@@ -27,6 +27,7 @@ const round = oneAtATime(async () => {
     stale.delete(name);
     return PANELS[name].refresh();
   }));
+  $("main").dataset.shown = ready(view.run) ? view.run.name : ""; // what the panels in view show now
 });
 
 const follow = gently(round); // the automatic rounds of a run that trains
