@@ -25,14 +25,14 @@ export function mix(from, to, share) {
   return `rgb(${channel(0)}, ${channel(1)}, ${channel(2)})`;
 }
 
-/** −largest … 0 … largest → orange … paper … blue. */
+/** −largest … 0 … largest → orange … neutral … blue. */
 export function diverging(value, largest, palette = readPalette()) {
   if (!largest || !Number.isFinite(value)) return palette.paper;
   return mix(palette.paper, value < 0 ? palette.orange : palette.blue, Math.abs(value) / largest);
 }
 
 /** The colours of a heat map, read once for each picture: reading them for each cell would be slow. */
-export const readPalette = () => ({ paper: colour("paper"), blue: colour("heat-blue"), orange: colour("heat-orange") });
+export const readPalette = () => ({ paper: colour("cell"), blue: colour("heat-blue"), orange: colour("heat-orange") });
 
 /** Draw a matrix as coloured cells of `size` pixels at (left, top). null is left empty. */
 export function drawCells(context, matrix, size, left, top, largest) {

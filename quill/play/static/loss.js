@@ -124,7 +124,7 @@ function draw() {
   const items = [];
   if (curve.loss.length) items.push(entry("train", "training", fixed(smooth(curve.loss).at(-1), 2)));
   if (evaluations.length) items.push(entry("val", "validation", fixed(evaluations.at(-1).val_loss)));
-  if (view.pinned) items.push(entry("pinned", view.pinned.name, fixed(view.pinned.evaluations.at(-1)?.val_loss)));
+  if (view.pinned) items.push(entry("pinned", view.pinned.name, view.pinned.evaluations.length ? fixed(view.pinned.evaluations.at(-1).val_loss) : ""));
   if (!items.length) items.push(el("li", { textContent: "No curve yet: press Train." }));
   $("legend").replaceChildren(...items);
   const lines = Object.entries(baselines ?? {}).map(([name, loss]) => `${NAMES[name] ?? name} ${fixed(loss, 2)}`);

@@ -78,13 +78,15 @@ function arrived(run) {
   if (moved && view.step === null && !document.hidden) follow();
 }
 
-/** A first text for the panels: a name for names, else the vocabulary decides. Typed texts are kept. */
+/** The first texts of the panels, by the start of the dataset's name. Every vocabulary has the empty text. */
+const TEXTS = { names: ["ann", "anna"], shakespeare: ["ROMEO:", "To be, or not to be"], "": ["", ""] };
+
+/** Put the first texts into the panels. A text that somebody typed is kept. */
 function chooseTexts(run) {
-  const names = (run.options?.dataset || "names").startsWith("names");
-  for (const [id, text] of [["text", names ? "ann" : ""], ["score-text", names ? "anna" : "the"]]) {
-    if ($(id).dataset.typed) continue;
-    $(id).value = text;
-  }
+  const kind = Object.keys(TEXTS).find((start) => (run.options.dataset ?? "").startsWith(start));
+  ["text", "score-text"].forEach((id, i) => {
+    if (!$(id).dataset.typed) $(id).value = TEXTS[kind][i];
+  });
   change({ text: $("text").value });
 }
 
@@ -103,6 +105,7 @@ async function main() {
   for (const panel of [token, samples, table, weights, network, timeline, loss]) panel.start();
   for (const id of ["text", "score-text"]) $(id).addEventListener("input", () => ($(id).dataset.typed = "yes"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => change({ theme: performance.now() }));
+  document.addEventListener("visibilitychange", () => !document.hidden && view.run && round());
   addEventListener("resize", () => change({ theme: performance.now() }));
   on("step pinned", round);
   on("runs run", () => loss.offer(view.runs));

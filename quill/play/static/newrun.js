@@ -65,13 +65,19 @@ function dial({ name, help, kind, choices }) {
   return el("label", { className: "field" }, el("span", { textContent: name }), input, el("small", { textContent: help }));
 }
 
+/** A config's docstring without its title, which the list has, and without its command. */
+function describe({ about }) {
+  const paragraphs = about.split(/\n\s*\n/).slice(1).filter((text) => !text.trim().startsWith("python "));
+  return paragraphs.map((text) => text.replace(/\s*\n\s*/g, " ")).join(" ");
+}
+
 /** Put the options of the chosen config or run into the form. */
 function take() {
   const { setup, run } = view;
   const value = $("config").value;
   const config = setup.configs.find(({ name }) => name === value);
   base = config ? config.options : run?.options ?? {};
-  $("about").textContent = config ? config.about : "The same options as this run, from new weights.";
+  $("about").textContent = config ? describe(config) : "The same options as this run, from new weights.";
   for (const { name } of setup.dials) $(`dial-${name}`).value = base[name] ?? "";
   const dataset = value === "config/microgpt.py" && setup.datasets.includes(OFFLINE) ? OFFLINE : base.dataset;
   if (dataset && ![...$("dataset").options].some((option) => option.value === dataset)) $("dataset").prepend(el("option", { value: dataset, textContent: dataset }));
