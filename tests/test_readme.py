@@ -20,7 +20,7 @@ import train
 from bench import __main__ as bench
 from bench import measure
 from quill.cli import config_files, option_types, read_config_file
-from quill.options import BenchConfig, ExportConfig, PrepareConfig, SampleConfig, TrainConfig
+from quill.options import BenchConfig, ExportConfig, PlayConfig, PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--max_iters=2", "--eval_iters=1", "--log_interval=1", "--sample_tokens=8"]  # for the end: later flags win
@@ -30,6 +30,7 @@ SCHEMAS = {
     "sample.py": SampleConfig,
     "prepare.py": PrepareConfig,
     "export.py": ExportConfig,
+    "play.py": PlayConfig,
 }
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 NANOGPT = "python data/shakespeare_char/prepare.py"  # nanoGPT's command, which README names beside ours

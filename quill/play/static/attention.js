@@ -40,6 +40,7 @@ function layout() {
 
 function draw() {
   if (!shown) return;
+  $("layer").closest(".row").hidden = !shown.attention;
   if (!shown.attention) {
     prepare($("attention"), 180, 20);
     $("attention-key").textContent = "This model has no attention: it sees the last token only.";

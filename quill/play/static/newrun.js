@@ -2,7 +2,7 @@
 
 import { ask, query } from "./api.js";
 import { $, complain, el, fill } from "./dom.js";
-import { change, on, view } from "./store.js";
+import { on, view } from "./store.js";
 
 const PASTE = "paste a text …";
 const OFFLINE = "names"; // bundled, so the first run needs no network
@@ -26,13 +26,17 @@ export function start(setup, show) {
   $("form").onsubmit = async (event) => {
     event.preventDefault();
     complain($("form-error"), "");
+    $("start").disabled = true; // two clicks are one run
+    $("status").textContent = "Starting a new run …";
     try {
       await show(await ask("/api/start", { ...request(), paused: false }));
       fold("new", false);
       scrollTo({ top: 0 });
     } catch (error) {
       complain($("form-error"), error.message);
+      $("status").textContent = "Nothing was started.";
     }
+    $("start").disabled = false;
   };
   $("export").onclick = exportConfig;
   fill($("dataset"), [...setup.datasets, PASTE].map((name) => [name, name]));
@@ -103,7 +107,7 @@ export function request() {
     if (now !== null && String(now) !== String(base[one.name])) options[one.name] = now;
   }
   const pasted = $("dataset").value === PASTE;
-  if (!pasted && $("dataset").value !== base.dataset) options.dataset = $("dataset").value;
+  if (!pasted && $("dataset").value && $("dataset").value !== base.dataset) options.dataset = $("dataset").value;
   const steps = options.max_iters ?? base.max_iters;
   if (base.eval_interval > steps / EVALUATIONS) options.eval_interval = Math.max(1, Math.floor(steps / EVALUATIONS));
   const from = value.startsWith("run:") ? { config: null, run: value.slice(4) } : { config: value, run: null };
@@ -127,5 +131,4 @@ async function exportConfig() {
   } catch (error) {
     complain($("form-error"), error.message);
   }
-  change({});
 }

@@ -60,5 +60,5 @@ function tellStars(texts) {
   const known = texts.filter(({ is_new }) => is_new !== null && is_new !== undefined);
   const made = known.filter(({ is_new }) => is_new).length;
   const list = view.run.documents ? `the ${count(view.run.documents)} texts of the data` : "the data";
-  $("star").textContent = known.length ? `★ ${made} of ${known.length} are not in ${list}.` : "";
+  $("star").textContent = known.length ? `★ Made up: ${made} of ${known.length} are not in ${list}.` : "";
 }

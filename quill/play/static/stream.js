@@ -37,6 +37,10 @@ async function retry(name, changed) {
     announce("The server is back.");
     timer = setTimeout(() => listen(name, changed), 1000);
   } catch (error) {
+    if (error.status === 404) {
+      say(`${name} is gone: its folder was deleted or renamed. Choose another model.`);
+      return;
+    }
     if (error.status === 403) {
       say("The server was started again and has a new address. Open the line that it printed: all runs are there.");
     } else {

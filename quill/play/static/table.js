@@ -2,7 +2,7 @@
 
 import { ask, oneAtATime } from "./api.js";
 import { mix, readPalette } from "./canvas.js";
-import { $, complain, el, fixed } from "./dom.js";
+import { $, announce, complain, el, fixed } from "./dom.js";
 import { momentOf, on, ready, view } from "./store.js";
 
 const COLUMNS = 30; // tokens in the head of the table, at most
@@ -11,7 +11,7 @@ let other = null; // … for the pinned run
 
 /** Wire the panel. */
 export function start() {
-  $("score-text").oninput = refresh;
+  $("score-text").oninput = () => refresh().then(() => announce($("mean").textContent));
   on("theme", () => answer && draw());
 }
 

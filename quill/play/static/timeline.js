@@ -1,7 +1,7 @@
 /** The slider over the saved steps: it moves samples, attention, bars, table and weights to one moment of the training. */
 
 import { $, count, fixed } from "./dom.js";
-import { change, on, view } from "./store.js";
+import { change, momentOf, on, view } from "./store.js";
 
 const PACE = 450; // milliseconds for each saved step
 let playing = false;
@@ -58,7 +58,7 @@ function show() {
   $("moment").value = step === null ? saved.length : saved.findLastIndex((one) => one <= step);
   $("replay").textContent = playing ? "❚❚ Stop" : "▶ Replay";
   $("replay").ariaLabel = playing ? "Stop the replay" : "Replay the training from its first saved step";
-  const at = step ?? run.step;
+  const at = momentOf(run, step) ?? run.step; // a run deletes saved steps when there are too many
   const text = `Step ${count(at)} of ${count(run.max_iters ?? run.step)}${lossAt(run, at)}`;
   $("when").textContent = none && run.status === "bundled" ? "A trained model. Press Train to see a new one learn." : text;
   $("moment").setAttribute("aria-valuetext", text);

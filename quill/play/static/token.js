@@ -2,7 +2,7 @@
 
 import { ask, oneAtATime } from "./api.js";
 import * as attention from "./attention.js";
-import { $, complain, el, fixed, plain } from "./dom.js";
+import { $, announce, complain, el, fixed, plain } from "./dom.js";
 import { probabilities } from "./sampling.js";
 import { change, momentOf, on, ready, view } from "./store.js";
 import * as wheel from "./wheel.js";
@@ -24,7 +24,7 @@ export function start() {
     $("more").ariaExpanded = String($("more").ariaExpanded !== "true");
     drawBars();
   };
-  $("draw").onclick = () => stopWriting() || wheel.spin();
+  $("draw").onclick = () => stopWriting() || wheel.spin().then(() => announce($("drawn").textContent));
   $("add").onclick = () => stopWriting() || add();
   $("write").onclick = () => stopWriting() || write();
   on("text layer head", refresh);
@@ -139,6 +139,7 @@ async function write() {
     await wheel.spin();
     if (!writing || answer.choices[wheel.chosen()].token === END) break;
     await add();
+    if (!$("token").querySelector(".message").hidden) break; // the server refuses the text
   }
   stopWriting();
 }

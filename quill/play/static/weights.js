@@ -81,7 +81,8 @@ function layout(matrix, names) {
   const margin = names ? 40 : 0;
   const width = Math.min(660, $("weights").clientWidth - 44);
   const widest = matrix.length === 1 ? 24 : 14;
-  return { margin, size: Math.max(3, Math.min(widest, (width - margin) / matrix[0].length, 420 / matrix.length)) };
+  const size = Math.min(widest, (width - margin) / matrix[0].length, 420 / matrix.length);
+  return { margin, size: size < 4 ? Math.max(2, size) : Math.floor(size) };
 }
 
 /** Bars for how many weights have each size. */
