@@ -511,12 +511,12 @@ def test_every_control_is_reached_and_named(visit, trained):
 
 @pytest.mark.skipif("QUILL_SCREENSHOTS" not in os.environ, reason="QUILL_SCREENSHOTS is not set to a folder")
 def test_screenshots(visit):
-    """play.png: half-way through a run of 1,000 steps. play-dark.png: the page as it opens."""
+    """play.png: half-way through a run of 400 steps. play-dark.png: the page as it opens."""
     folder = Path(os.environ["QUILL_SCREENSHOTS"])
-    page = visit(viewport={"width": 1280, "height": 1140})
-    start_run(page, max_iters=1000)
+    page = visit(viewport={"width": 1280, "height": 1170})
+    start_run(page, max_iters=400, batch_size=16)
     wait_until(lambda: "finished" in page.inner_text("#status"), 90)
-    set_range(page, "#moment", 32)
+    set_range(page, "#moment", 24)
     page.wait_for_timeout(1500)
     page.screenshot(path=folder / "play.png")
     page = visit(color_scheme="dark")

@@ -29,7 +29,8 @@ export function show(answer) {
 
 /** The pixels of a cell, the room for the letters, and the matrix. */
 function layout() {
-  const matrix = shown.attention[$("stage").value];
+  const isMasked = ["softmax", "with the mask"].includes($("stage").value); // then the upper triangle stays empty
+  const matrix = shown.attention[$("stage").value].map((row, i) => row.map((value, j) => (isMasked && j > i ? null : value)));
   const T = matrix.length;
   const longest = Math.max(...shown.tokens.slice(-T).map((token) => token.length));
   const margin = Math.min(68, 10 + longest * 8);

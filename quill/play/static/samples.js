@@ -29,15 +29,16 @@ function question(run) {
 export const refresh = oneAtATime(async () => {
   if (!view.run || !ready(view.run)) return;
   try {
-    const mine = await question(view.run);
-    const theirs = view.pinned ? await question(view.pinned) : null;
+    const [run, pinned] = [view.run, view.pinned]; // they may change before the answers come
+    const mine = await question(run);
+    const theirs = pinned && (await question(pinned));
     complain($("samples"), "");
-    put($("texts"), mine.texts, view.run);
+    put($("texts"), mine.texts, run);
     $("pinned-samples").hidden = !theirs;
-    $("samples-of").textContent = theirs ? view.run.name : "";
+    $("samples-of").textContent = theirs ? run.name : "";
     if (theirs) {
-      put($("pinned-texts"), theirs.texts, view.pinned);
-      $("pinned-of").textContent = view.pinned.name;
+      put($("pinned-texts"), theirs.texts, pinned);
+      $("pinned-of").textContent = pinned.name;
     }
     tellStars(mine.texts);
   } catch (error) {

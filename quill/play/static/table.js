@@ -27,8 +27,9 @@ export const refresh = oneAtATime(async () => {
     return;
   }
   try {
-    answer = await question(view.run);
-    other = view.pinned ? await question(view.pinned).catch(() => null) : null;
+    const [run, pinned] = [view.run, view.pinned]; // they may change before the answers come
+    answer = { ...(await question(run)), sides: run.vocab_size };
+    other = pinned && (await question(pinned).then((one) => ({ ...one, name: pinned.name }), () => null));
     complain($("table"), "");
     draw();
   } catch (error) {
@@ -61,10 +62,10 @@ function draw() {
   const names = columns(rows);
   const palette = readPalette();
   $("mean").replaceChildren(
-    el("b", { textContent: verdict(answer.mean_loss, view.run.vocab_size) }),
+    el("b", { textContent: verdict(answer.mean_loss, answer.sides) }),
     ` Mean −ln p: `, el("b", { id: "mean-loss", textContent: fixed(answer.mean_loss, 4) }),
-    ` over ${answer.tokens} tokens; a die: ${fixed(Math.log(view.run.vocab_size), 3)}.`,
-    other ? el("span", { className: "orange", textContent: ` ${view.pinned.name}: ${fixed(other.mean_loss, 4)}` }) : "",
+    ` over ${answer.tokens} tokens; a die: ${fixed(Math.log(answer.sides), 3)}.`,
+    other ? el("span", { className: "orange", textContent: ` ${other.name}: ${fixed(other.mean_loss, 4)}` }) : "",
   );
   const tops = ["context", "token", "p", "−ln p", ...names];
   const head = el("tr", {}, ...tops.map((text, i) => el("th", { scope: "col", textContent: text, className: i > 3 ? "of-token" : "" })));

@@ -10,7 +10,7 @@ import * as wheel from "./wheel.js";
 const SHOWN = 10; // bars before "show all"
 const END = "<end>";
 let answer = null; // of /api/token for the run
-let beside = null; // … for the pinned run, or null
+let beside = null; // … for the pinned run, with the run; or null
 let probs = [];
 let writing = false;
 
@@ -56,8 +56,9 @@ function question(run) {
 export const refresh = oneAtATime(async () => {
   if (!view.run || !ready(view.run)) return;
   try {
-    answer = await question(view.run);
-    beside = view.pinned ? await question(view.pinned).catch(() => null) : null;
+    const [run, pinned] = [view.run, view.pinned]; // they may change before the answers come
+    answer = { ...(await question(run)), run };
+    beside = pinned && { ...(await question(pinned).catch(() => ({ choices: [] }))), run: pinned };
     complain($("token"), "");
   } catch (error) {
     complain($("token"), error.message);
@@ -74,20 +75,20 @@ export const refresh = oneAtATime(async () => {
 /** New probabilities: from the logits at once, if all are here; else the server knows the others' share. */
 function redraw() {
   if (!answer) return;
-  if (answer.choices.length < (view.run?.vocab_size ?? 0)) refresh();
+  if (answer.choices.length < answer.run.vocab_size) refresh();
   else drawBars();
 }
 
 /** The probabilities of an answer's choices, in their order. */
-function probsOf(of, vocabulary) {
-  if (of.choices.length < vocabulary) return of.choices.map((choice) => choice.probability);
+function probsOf(of) {
+  if (of.choices.length < of.run.vocab_size) return of.choices.map((choice) => choice.probability);
   return probabilities(of.choices.map((choice) => choice.logit), view.temperature, view.top_k, view.top_p);
 }
 
 /** Draw a bar for each of the likeliest tokens: token, logit, logit / T, softmax. */
 function drawBars() {
-  probs = probsOf(answer, view.run.vocab_size);
-  const other = beside && new Map(probsOf(beside, view.pinned.vocab_size).map((p, i) => [beside.choices[i].token, p]));
+  probs = probsOf(answer);
+  const other = beside && new Map(probsOf(beside).map((p, i) => [beside.choices[i].token, p]));
   const all = $("more").ariaExpanded === "true";
   const rows = answer.choices.slice(0, all ? answer.choices.length : SHOWN);
   const head = el("div", { role: "row", className: "head" }, ...["token", "logit", "÷ T", "softmax", ""].map((text) => el("span", { role: "columnheader", textContent: text })));
