@@ -21,7 +21,7 @@ export function start() {
 /** Show the attention of `answer`, an answer of /api/token. */
 export function show(answer) {
   shown = answer;
-  const numbers = (n) => Array.from({ length: Math.max(n, 1) }, (_, i) => [i, `${i + 1}`]);
+  const numbers = (n) => Array.from({ length: Math.max(n, 1) }, (_, i) => [i, `${i}`]);
   fill($("layer"), numbers(answer.n_layer), view.layer);
   fill($("head"), numbers(answer.n_head), view.head);
   draw();
@@ -30,7 +30,9 @@ export function show(answer) {
 /** The pixels of a cell, the room for the letters, and the matrix. */
 function layout() {
   const isMasked = ["softmax", "with the mask"].includes($("stage").value); // then the upper triangle stays empty
-  const matrix = shown.attention[$("stage").value].map((row, i) => row.map((value, j) => (isMasked && j > i ? null : value)));
+  const matrix = shown.attention[$("stage").value].map((row, i) =>
+    row.map((value, j) => (isMasked && j > i ? null : value)),
+  );
   const T = matrix.length;
   const longest = Math.max(...shown.tokens.slice(-T).map((token) => token.length));
   const margin = Math.min(68, 10 + longest * 8);
@@ -71,11 +73,12 @@ function draw() {
 function describe(i, j = null) {
   const { matrix, T } = layout();
   const names = shown.tokens.slice(-T);
-  const most = j ?? matrix[i].reduce((best, value, k) => (value !== null && value > (matrix[i][best] ?? -Infinity) ? k : best), 0);
+  const most =
+    j ?? matrix[i].reduce((best, value, k) => (value !== null && value > (matrix[i][best] ?? -Infinity) ? k : best), 0);
   const verb = j === null ? "looks most at" : "→";
   const text = `“${names[i]}” ${verb} “${names[most]}”: ${matrix[i][most] === null ? "hidden by the mask" : fixed(matrix[i][most], 2)}`;
   $("attention-key").textContent = text;
-  $("attention").setAttribute("aria-label", `Attention of layer ${view.layer + 1}, head ${view.head + 1}: ${text}`);
+  $("attention").setAttribute("aria-label", `Attention of layer ${view.layer}, head ${view.head}: ${text}`);
 }
 
 /** Read out the cell under the pointer. */

@@ -38,9 +38,11 @@ export const readPalette = () => ({ paper: colour("cell"), blue: colour("heat-bl
 export function drawCells(context, matrix, size, left, top, largest) {
   const palette = readPalette();
   const gap = size > 8 ? 1 : 0;
-  matrix.forEach((row, i) => row.forEach((value, j) => {
-    if (value === null) return;
-    context.fillStyle = diverging(value, largest, palette);
-    context.fillRect(left + j * size, top + i * size, size - gap, size - gap);
-  }));
+  matrix.forEach((row, i) =>
+    row.forEach((value, j) => {
+      if (value === null) return;
+      context.fillStyle = diverging(value, largest, palette);
+      context.fillRect(left + j * size, top + i * size, size - gap, size - gap);
+    }),
+  );
 }

@@ -5,7 +5,13 @@ import { $, announce, complain, count, fill } from "./dom.js";
 import * as form from "./newrun.js";
 import { on, ready, view } from "./store.js";
 
-const WORDS = { bundled: "ready to play with.", running: "training …", waiting: "waiting for the next step.", paused: "paused.", finished: "finished. Press Replay to watch it learn." };
+const WORDS = {
+  bundled: "ready to play with.",
+  running: "training …",
+  waiting: "waiting for the next step.",
+  paused: "paused.",
+  finished: "finished. Press Replay to watch it learn.",
+};
 const STARTING = "starting: Python reads torch and the data, a few seconds …";
 let open = null; // shows another run: main.js
 
@@ -59,17 +65,30 @@ async function oneStep() {
 function describe() {
   const { run, runs } = view;
   if (!run) return;
-  fill($("run"), runs.map(({ name, title }) => [name, title || name]), run.name);
+  fill(
+    $("run"),
+    runs.map(({ name, title }) => [name, title || name]),
+    run.name,
+  );
   const active = run.status === "running";
   $("train").textContent = active ? "❚❚ Pause" : run.status === "finished" ? "▶ Train again" : "▶ Train";
   $("step").disabled = active;
-  const numbers = [[run.documents, "documents"], [run.documents ? null : run.train_tokens, "tokens of text"], [run.vocab_size, "different tokens"], [run.parameters, "parameters"]];
-  $("counts").textContent = numbers.filter(([number]) => number).map(([number, unit]) => `${count(number)} ${unit}`).join(" · ");
+  const numbers = [
+    [run.documents, "documents"],
+    [run.documents ? null : run.train_tokens, "tokens of text"],
+    [run.vocab_size, "different tokens"],
+    [run.parameters, "parameters"],
+  ];
+  $("counts").textContent = numbers
+    .filter(([number]) => number)
+    .map(([number, unit]) => `${count(number)} ${unit}`)
+    .join(" · ");
   const rate = run.evaluations.at(-1)?.tokens_per_s;
   const speed = active && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
-  const words = active && !ready(run) ? STARTING : WORDS[run.status] ?? run.status;
+  const words = active && !ready(run) ? STARTING : (WORDS[run.status] ?? run.status);
   document.body.classList.toggle("pending", !ready(run));
-  if (!document.body.classList.contains("lost")) $("status").textContent = `${run.title || run.name}: ${words}${speed} ${run.note || ""}`;
+  if (!document.body.classList.contains("lost"))
+    $("status").textContent = `${run.title || run.name}: ${words}${speed} ${run.note || ""}`;
   announce(`${run.title || run.name}: ${words}`);
   failed(run);
 }

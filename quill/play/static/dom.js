@@ -18,8 +18,9 @@ export function el(tag, properties = {}, ...children) {
 /** Fill a <select> with [value, text] pairs and keep what was chosen, if it is still there. */
 export function fill(select, pairs, chosen = select.value) {
   const options = pairs.map(([value, text]) => el("option", { value, textContent: text }));
-  const same = options.length === select.options.length
-    && options.every((o, i) => o.value === select.options[i].value && o.textContent === select.options[i].textContent);
+  const same =
+    options.length === select.options.length &&
+    options.every((o, i) => o.value === select.options[i].value && o.textContent === select.options[i].textContent);
   if (!same) select.replaceChildren(...options); // an open list would close at every event otherwise
   if (pairs.some(([value]) => String(value) === String(chosen))) select.value = chosen;
 }

@@ -22,7 +22,7 @@ const PANELS = {
     exercise: "Train with a rate ten times larger, and compare the two curves. What happens with a hundred times?",
   },
   network: {
-    look: "Click a part to see its numbers. Most of them are in few parts.",
+    look: "Click a part to see its numbers. Below, a vector on its way through them.",
     formula: "x ← x + attention(norm(x));   x ← x + MLP(norm(x));   logits = W x",
     code: ["Block.forward", "MLP.forward", "GPT.final_hidden"],
     exercise: "Double the width n_embd. Which parts get twice as many parameters, and which four times?",
@@ -46,8 +46,17 @@ export function start(code) {
   for (const [panel, { look, formula, code: names, exercise }] of Object.entries(PANELS)) {
     const where = $(panel);
     where.querySelector(".look").textContent = look;
-    const sources = names.map((name) => find(code, name)).filter(Boolean).map(listing);
-    const details = el("details", {}, el("summary", { textContent: "Formula, code, exercise" }), el("p", { className: "formula", textContent: formula }), ...sources);
+    const sources = names
+      .map((name) => find(code, name))
+      .filter(Boolean)
+      .map(listing);
+    const details = el(
+      "details",
+      {},
+      el("summary", { textContent: "Formula, code, exercise" }),
+      el("p", { className: "formula", textContent: formula }),
+      ...sources,
+    );
     details.append(el("p", { className: "exercise" }, el("b", { textContent: "Try it. " }), exercise));
     where.querySelector(".explain").replaceChildren(details);
   }
@@ -56,7 +65,11 @@ export function start(code) {
 /** The entry of a function: by its key or by its name, with or without its class. */
 function find(code, name) {
   const short = name.split(".").at(-1);
-  return code[name] ?? code[short] ?? Object.values(code).find((entry) => entry.name === name || entry.name.endsWith(`.${name}`));
+  return (
+    code[name] ??
+    code[short] ??
+    Object.values(code).find((entry) => entry.name === name || entry.name.endsWith(`.${name}`))
+  );
 }
 
 /** A function's place and its lines. */

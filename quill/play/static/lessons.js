@@ -16,10 +16,22 @@ export function start({ lessons }, show) {
 
 /** One lesson: its text, the field for the guess, and the result. */
 function card(lesson, show) {
-  const guess = el("input", { type: "number", step: "0.01", min: 0, max: 20, required: true, id: `guess-${lesson.number}` });
+  const guess = el("input", {
+    type: "number",
+    step: "0.01",
+    min: 0,
+    max: 20,
+    required: true,
+    id: `guess-${lesson.number}`,
+  });
   const error = el("p", { className: "message", role: "alert", hidden: true });
   const result = el("p", { className: "result", id: `result-${lesson.number}`, "aria-live": "polite" });
-  const form = el("form", { className: "row" }, el("label", { className: "field" }, "Your guess of its loss", guess), el("button", { textContent: `Guess, then train lesson ${lesson.number}` }));
+  const form = el(
+    "form",
+    { className: "row" },
+    el("label", { className: "field" }, "Your guess of its loss", guess),
+    el("button", { textContent: `Guess, then train lesson ${lesson.number}` }),
+  );
   form.onsubmit = async (event) => {
     event.preventDefault();
     complain(error, "");
@@ -49,5 +61,6 @@ function finished(run) {
   done.set(lesson.number, { guess, val_loss });
   const off = Math.abs(guess - val_loss);
   const praise = off < 0.05 ? "Spot on!" : off < 0.3 ? "Close." : "A surprise.";
-  $(`result-${lesson.number}`).textContent = `Your guess ${fixed(guess, 2)}, this run ${fixed(val_loss)}, measured before ${fixed(lesson.measured_loss)}. ${praise}`;
+  $(`result-${lesson.number}`).textContent =
+    `Your guess ${fixed(guess, 2)}, this run ${fixed(val_loss)}, measured before ${fixed(lesson.measured_loss)}. ${praise}`;
 }

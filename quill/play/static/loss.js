@@ -5,11 +5,14 @@ import { $, el, fill, fixed } from "./dom.js";
 import { on, view } from "./store.js";
 
 const NAMES = { die: "a die", unigram: "counting tokens", bigram: "counting pairs" };
+const MEASURES = { loss: "loss", gradient_norm: "gradient norm", lr: "learning rate" };
 const HEIGHT = 270;
 let plot = null;
 
 /** Wire the panel. */
 export function start() {
+  fill($("measure"), Object.entries(MEASURES));
+  $("measure").onchange = rebuild;
   on("run pinned", draw);
   on("step", () => plot?.redraw(false));
   on("theme", rebuild);
@@ -34,43 +37,78 @@ function smooth(losses) {
   });
 }
 
+/** What the y axis shows, by its name in the run object. */
+const measure = () => $("measure").value;
+
+/** The losses of the models that only count, if the loss is shown. */
+const baselines = () => Object.entries((measure() === "loss" && view.run?.baselines) || {});
+
 /** Curves of both runs on one axis of steps. → uPlot's columns */
 function columns() {
-  const curves = [view.run, view.pinned].flatMap((run) => run ? [
-    new Map(run.curve.step.map((step, i) => [step, run.curve.loss[i]])),
-    new Map(smooth(run.curve.loss).map((loss, i) => [run.curve.step[i], loss])),
-    new Map(run.evaluations.map((one) => [one.step, one.val_loss])),
-  ] : [new Map(), new Map(), new Map()]);
+  const curves = [view.run, view.pinned].flatMap((run) => {
+    if (!run) return [new Map(), new Map(), new Map()];
+    const values = run.curve[measure()];
+    const evaluations = measure() === "loss" ? run.evaluations : [];
+    return [
+      new Map(values.map((value, i) => [run.curve.step[i], value])),
+      new Map(smooth(values).map((value, i) => [run.curve.step[i], value])),
+      new Map(evaluations.map((one) => [one.step, one.val_loss])),
+    ];
+  });
   const steps = [...new Set(curves.flatMap((curve) => [...curve.keys()]))].sort((a, b) => a - b);
   return [steps, ...curves.map((curve) => steps.map((step) => curve.get(step)))];
 }
 
 /** The range of the y axis: all curves and the lines of the counted models. */
 function range(_, low, high) {
-  const lines = Object.values(view.run?.baselines ?? {});
-  const [from, to] = [Math.min(low ?? 9, ...lines), Math.max(high ?? 0, ...lines)];
+  const lines = baselines().map(([, loss]) => loss);
+  const [from, to] = [Math.min(low ?? lines[0] ?? 0, ...lines), Math.max(high ?? 0, ...lines)];
   return [from - 0.06 * (to - from || 1), to + 0.06 * (to - from || 1)];
 }
 
-const reach = (_, low, high) => [Math.min(low ?? 0, 0), Math.max(high ?? 1, view.run?.curve.step.length ? 1 : view.run?.max_iters ?? 1)];
+const reach = (_, low, high) => [
+  Math.min(low ?? 0, 0),
+  Math.max(high ?? 1, view.run?.curve.step.length ? 1 : (view.run?.max_iters ?? 1)),
+];
 
 /** A new plot, with the theme's colours. */
 function rebuild() {
+  if (!view.run) return;
   plot?.destroy();
   const line = (stroke, width, dash) => ({ stroke, width, dash, spanGaps: true, points: { show: false } });
   const faint = (name) => ({ ...line(colour(name), 1), auto: false }); // single batches may leave the picture
   const dots = (stroke) => ({ stroke, width: 2, spanGaps: true, points: { show: true, size: 8, fill: stroke } });
-  const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") }, font: "12px system-ui" };
-  plot = new uPlot({
-    width: $("curve").clientWidth || 300,
-    height: HEIGHT,
-    legend: { show: false },
-    cursor: { drag: { x: false, y: false } },
-    scales: { x: { time: false, range: reach }, y: { range } },
-    axes: [{ ...axis, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui", size: 32 }, { ...axis, size: 44 }],
-    series: [{}, faint("faint-blue"), line(colour("blue"), 2), dots(colour("ink")), faint("faint-orange"), line(colour("orange"), 2), { ...dots(colour("orange")), dash: [6, 4] }],
-    hooks: { draw: [drawLines] },
-  }, columns(), $("curve"));
+  const axis = {
+    stroke: colour("muted"),
+    grid: { stroke: colour("line"), width: 1 },
+    ticks: { stroke: colour("line") },
+    font: "12px system-ui",
+  };
+  plot = new uPlot(
+    {
+      width: $("curve").clientWidth || 300,
+      height: HEIGHT,
+      legend: { show: false },
+      cursor: { drag: { x: false, y: false } },
+      scales: { x: { time: false, range: reach }, y: { range } },
+      axes: [
+        { ...axis, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui", size: 32 },
+        { ...axis, size: 44 },
+      ],
+      series: [
+        {},
+        faint("faint-blue"),
+        line(colour("blue"), 2),
+        dots(colour("ink")),
+        faint("faint-orange"),
+        line(colour("orange"), 2),
+        { ...dots(colour("orange")), dash: [6, 4] },
+      ],
+      hooks: { draw: [drawLines] },
+    },
+    columns(),
+    $("curve"),
+  );
 }
 
 /** Horizontal lines with names for the models that only count, and a vertical one at the chosen step. */
@@ -83,7 +121,7 @@ function drawLines(u) {
   ctx.lineWidth = ratio;
   ctx.setLineDash([2 * ratio, 4 * ratio]);
   ctx.textAlign = "right";
-  for (const [name, loss] of Object.entries(view.run?.baselines ?? {})) {
+  for (const [name, loss] of baselines()) {
     const y = u.valToPos(loss, "y", true);
     stroke(ctx, bbox.left, y, bbox.left + bbox.width, y);
     write(ctx, `${NAMES[name] ?? name} ${fixed(loss, 2)}`, bbox.left + bbox.width - 6 * ratio, y - 5 * ratio);
@@ -119,15 +157,23 @@ function draw() {
   if (!view.run) return;
   if (plot) plot.setData(columns());
   else rebuild();
-  const { curve, evaluations, baselines } = view.run;
-  const entry = (name, text, value) => el("li", {}, el("span", { className: `swatch ${name}` }), text, " ", el("b", { textContent: value }));
+  const { curve, evaluations } = view.run;
+  const entry = (name, text, value) =>
+    el("li", {}, el("span", { className: `swatch ${name}` }), text, " ", el("b", { textContent: value }));
   const items = [];
   if (curve.loss.length) items.push(entry("train", "training", fixed(smooth(curve.loss).at(-1), 2)));
   if (evaluations.length) items.push(entry("val", "validation", fixed(evaluations.at(-1).val_loss)));
-  if (view.pinned) items.push(entry("pinned", view.pinned.name, view.pinned.evaluations.length ? fixed(view.pinned.evaluations.at(-1).val_loss) : ""));
+  if (view.pinned)
+    items.push(
+      entry(
+        "pinned",
+        view.pinned.name,
+        view.pinned.evaluations.length ? fixed(view.pinned.evaluations.at(-1).val_loss) : "",
+      ),
+    );
   if (!items.length) items.push(el("li", { textContent: "No curve yet: press Train." }));
   $("legend").replaceChildren(...items);
-  const lines = Object.entries(baselines ?? {}).map(([name, loss]) => `${NAMES[name] ?? name} ${fixed(loss, 2)}`);
+  const lines = baselines().map(([name, loss]) => `${NAMES[name] ?? name} ${fixed(loss, 2)}`);
   $("curve").setAttribute("aria-label", `Loss at each step. ${[$("legend").textContent, ...lines].join("; ")}`);
   $("curve").dataset.points = curve.step.length;
 }

@@ -23,10 +23,14 @@ const stale = new Set(); // panels out of view whose numbers are older than the 
 /** Refresh what can be seen; the other panels follow when they are scrolled into view. */
 const round = oneAtATime(async () => {
   Object.keys(PANELS).forEach((name) => stale.add(name));
-  await Promise.all([...stale].filter((name) => inView.has(name)).map((name) => {
-    stale.delete(name);
-    return PANELS[name].refresh();
-  }));
+  await Promise.all(
+    [...stale]
+      .filter((name) => inView.has(name))
+      .map((name) => {
+        stale.delete(name);
+        return PANELS[name].refresh();
+      }),
+  );
   $("main").dataset.shown = ready(view.run) ? view.run.name : ""; // what the panels in view show now
 });
 
@@ -34,13 +38,16 @@ const follow = gently(round); // the automatic rounds of a run that trains
 
 /** Refresh a panel that scrolls into view with older numbers. */
 function watchPanels() {
-  const observer = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) inView.add(target.id);
-      else inView.delete(target.id);
-      if (isIntersecting && stale.delete(target.id)) PANELS[target.id].refresh();
-    }
-  }, { rootMargin: "80px" });
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (isIntersecting) inView.add(target.id);
+        else inView.delete(target.id);
+        if (isIntersecting && stale.delete(target.id)) PANELS[target.id].refresh();
+      }
+    },
+    { rootMargin: "80px" },
+  );
   Object.keys(PANELS).forEach((name) => {
     stale.add(name);
     observer.observe($(name));
@@ -73,8 +80,15 @@ function arrived(run) {
   if (run.name !== view.run?.name) return;
   const before = view.run;
   change({ run });
-  if (before.status !== run.status) controls.listRuns().then((runs) => change({ runs }), () => {});
-  const moved = run.weights_step !== before.weights_step || run.step !== before.step || run.snapshots.length !== before.snapshots.length;
+  if (before.status !== run.status)
+    controls.listRuns().then(
+      (runs) => change({ runs }),
+      () => {},
+    );
+  const moved =
+    run.weights_step !== before.weights_step ||
+    run.step !== before.step ||
+    run.snapshots.length !== before.snapshots.length;
   if (moved && view.step === null && !document.hidden) follow();
 }
 

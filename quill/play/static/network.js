@@ -1,10 +1,12 @@
 /** Panel "What it is made of": every part with its shape and its parameters. A click shows its numbers. */
 
 import { ask, oneAtATime, query } from "./api.js";
-import { $, complain, count, el } from "./dom.js";
+import { drawCells, colour, prepare } from "./canvas.js";
+import { $, complain, count, el, fixed } from "./dom.js";
 import { change, momentOf, on, ready, view } from "./store.js";
 
-const WORDS = { // what a part does, by the end of its name
+const WORDS = {
+  // what a part does, by the end of its name
   wte: "a vector for each token",
   wpe: "a vector for each position",
   c_attn: "queries, keys, values",
@@ -15,11 +17,13 @@ const WORDS = { // what a part does, by the end of its name
   mlp: "thinks about each token",
   lm_head: "scores every token",
 };
+const MOST = 64; // cells in a row
 let of = ""; // the run whose parts are shown
 
 /** Wire the panel. */
 export function start() {
   on("matrix", mark);
+  on("inside theme", drawWay);
 }
 
 /** Load the parts; they change only with the run. */
@@ -71,6 +75,37 @@ function line({ name, kind, shape, parameters, depth, tied, matrix }, most) {
   node.style.setProperty("--depth", depth);
   if (matrix) node.dataset.matrix = matrix;
   return el("li", {}, node);
+}
+
+/** Draw the vector of the text's last token after each part: a row of cells each. */
+function drawWay() {
+  const { vectors, tokens } = view.inside ?? {};
+  if (!vectors) return;
+  const names = Object.keys(vectors);
+  const rows = names.map((name) => shrink(vectors[name], MOST));
+  const margin = 86;
+  const size = Math.max(2, Math.min(18, Math.floor(($("network").clientWidth - 44 - margin) / rows[0].length)));
+  const height = Math.max(size, 15);
+  const context = prepare($("way"), margin + size * rows[0].length, height * rows.length);
+  rows.forEach((row, i) => {
+    drawCells(context, [row], size, margin, i * height, Math.max(...row.map(Math.abs))); // each row has its own scale
+    context.fillStyle = colour("ink");
+    context.textAlign = "right";
+    context.font = "12px ui-monospace, Menlo, Consolas, monospace";
+    context.fillText(names[i], margin - 6, i * height + size / 2);
+  });
+  const lengths = names.map((name) => `${name} ${fixed(Math.hypot(...vectors[name]), 2)}`).join(", ");
+  $("way-key").textContent = `The vector of “${tokens.at(-1)}”. Lengths: ${lengths}.`;
+  $("way").setAttribute("aria-label", $("way-key").textContent);
+}
+
+/** At most `most` numbers: the means of neighbours. */
+function shrink(numbers, most) {
+  const n = Math.min(most, numbers.length);
+  return Array.from({ length: n }, (_, i) => {
+    const part = numbers.slice(Math.floor((i * numbers.length) / n), Math.floor(((i + 1) * numbers.length) / n));
+    return part.reduce((a, b) => a + b, 0) / part.length;
+  });
 }
 
 /** Mark the part whose numbers the weights panel shows. */

@@ -39,7 +39,10 @@ export function start(setup, show) {
     $("start").disabled = false;
   };
   $("export").onclick = exportConfig;
-  fill($("dataset"), [...setup.datasets, PASTE].map((name) => [name, name]));
+  fill(
+    $("dataset"),
+    [...setup.datasets, PASTE].map((name) => [name, name]),
+  );
   let name = null;
   on("run", () => {
     if (view.run.name === name) return; // only another run, not a new step of this one
@@ -52,8 +55,11 @@ export function start(setup, show) {
 /** Offer the run that is shown, then every config. */
 function offer(setup, chosen = null) {
   const run = view.run && view.run.status !== "bundled" ? [[`run:${view.run.name}`, `like ${view.run.name}`]] : [];
-  const configs = setup.configs.map(({ name, title }) => [name, `${name.replace("config/", "").replace(".py", "")}: ${title}`]);
-  const first = chosen ?? (run.length ? run[0][0] : setup.selected_config ?? "config/microgpt.py");
+  const configs = setup.configs.map(({ name, title }) => [
+    name,
+    `${name.replace("config/", "").replace(".py", "")}: ${title}`,
+  ]);
+  const first = chosen ?? (run.length ? run[0][0] : (setup.selected_config ?? "config/microgpt.py"));
   fill($("config"), [...run, ...configs], first);
   $("config").value = first;
   take();
@@ -66,12 +72,21 @@ function dial({ name, help, kind, choices }) {
   const input = list
     ? el("select", { id, title: help }, ...list.map((value) => el("option", { value, textContent: value })))
     : el("input", { id, type: "number", step: kind === "int" ? 1 : "any", title: help });
-  return el("label", { className: "field" }, el("span", { textContent: name }), input, el("small", { textContent: help }));
+  return el(
+    "label",
+    { className: "field" },
+    el("span", { textContent: name }),
+    input,
+    el("small", { textContent: help }),
+  );
 }
 
 /** A config's docstring without its title, which the list has, and without its command. */
 function describe({ about }) {
-  const paragraphs = about.split(/\n\s*\n/).slice(1).filter((text) => !text.trim().startsWith("python "));
+  const paragraphs = about
+    .split(/\n\s*\n/)
+    .slice(1)
+    .filter((text) => !text.trim().startsWith("python "));
   return paragraphs.map((text) => text.replace(/\s*\n\s*/g, " ")).join(" ");
 }
 
@@ -80,11 +95,12 @@ function take() {
   const { setup, run } = view;
   const value = $("config").value;
   const config = setup.configs.find(({ name }) => name === value);
-  base = config ? config.options : run?.options ?? {};
+  base = config ? config.options : (run?.options ?? {});
   $("about").textContent = config ? describe(config) : "The same options as this run, from new weights.";
   for (const { name } of setup.dials) $(`dial-${name}`).value = base[name] ?? "";
   const dataset = value === "config/microgpt.py" && setup.datasets.includes(OFFLINE) ? OFFLINE : base.dataset;
-  if (dataset && ![...$("dataset").options].some((option) => option.value === dataset)) $("dataset").prepend(el("option", { value: dataset, textContent: dataset }));
+  if (dataset && ![...$("dataset").options].some((option) => option.value === dataset))
+    $("dataset").prepend(el("option", { value: dataset, textContent: dataset }));
   $("dataset").value = dataset;
   $("dataset").onchange();
   $("export").disabled = !run;

@@ -22,7 +22,16 @@ export function start() {
 function question(run) {
   const { prompt, temperature, top_k, top_p, seed } = view;
   const size = writesLines(run) ? LINES : PROSE;
-  return ask("/api/samples", { name: run.name, step: momentOf(run, view.step), prompt, temperature, top_k, top_p, seed, ...size });
+  return ask("/api/samples", {
+    name: run.name,
+    step: momentOf(run, view.step),
+    prompt,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    ...size,
+  });
 }
 
 /** Load the samples of the run, and of the pinned one beside them. */
@@ -49,11 +58,17 @@ export const refresh = oneAtATime(async () => {
 /** Fill a list with texts. */
 function put(list, texts, run) {
   list.classList.toggle("prose", !writesLines(run));
-  list.replaceChildren(...texts.map(({ text, is_new }) => {
-    const item = el("li", { className: is_new ? "made" : "", textContent: text || "(nothing)" });
-    if (is_new) item.append(el("span", { className: "star", textContent: " ★" }), el("span", { className: "hidden", textContent: " not in the list" }));
-    return item;
-  }));
+  list.replaceChildren(
+    ...texts.map(({ text, is_new }) => {
+      const item = el("li", { className: is_new ? "made" : "", textContent: text || "(nothing)" });
+      if (is_new)
+        item.append(
+          el("span", { className: "star", textContent: " ★" }),
+          el("span", { className: "hidden", textContent: " not in the list" }),
+        );
+      return item;
+    }),
+  );
 }
 
 /** Say what the stars mean, and for how many texts. */

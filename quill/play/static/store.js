@@ -6,6 +6,8 @@ export const view = {
   run: null, // the run object that the page shows
   pinned: null, // the run object beside it, or null
   step: null, // a saved step, or null for the newest weights
+  inside: null, // the last answer of /api/token: what the model computed for the text
+  matrix: undefined, // the name of the matrix whose numbers are shown
   text: "", // what panel "What comes next?" continues
   layer: 0,
   head: 0,
@@ -38,7 +40,13 @@ export function momentOf(run, step) {
 
 /** Whether the run has weights to look at: a run that has just started has none for a few seconds. */
 export function ready(run) {
-  return run.status === "bundled" || run.weights_step !== null || run.step > 0 || run.snapshots.length > 0 || run.evaluations.length > 0;
+  return (
+    run.status === "bundled" ||
+    run.weights_step !== null ||
+    run.step > 0 ||
+    run.snapshots.length > 0 ||
+    run.evaluations.length > 0
+  );
 }
 
 /** Whether every line of the run's texts is a document, such as a name. */

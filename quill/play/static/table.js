@@ -15,7 +15,8 @@ export function start() {
   on("theme", () => answer && draw());
 }
 
-const question = (run) => ask("/api/score", { name: run.name, step: momentOf(run, view.step), text: $("score-text").value });
+const question = (run) =>
+  ask("/api/score", { name: run.name, step: momentOf(run, view.step), text: $("score-text").value });
 
 /** Load the score of the text. */
 export const refresh = oneAtATime(async () => {
@@ -29,7 +30,12 @@ export const refresh = oneAtATime(async () => {
   try {
     const [run, pinned] = [view.run, view.pinned]; // they may change before the answers come
     answer = { ...(await question(run)), sides: run.vocab_size };
-    other = pinned && (await question(pinned).then((one) => ({ ...one, name: pinned.name }), () => null));
+    other =
+      pinned &&
+      (await question(pinned).then(
+        (one) => ({ ...one, name: pinned.name }),
+        () => null,
+      ));
     complain($("table"), "");
     draw();
   } catch (error) {
@@ -45,8 +51,11 @@ function columns(rows) {
     put(row.token, 1);
     for (const { token, probability } of row.likeliest) put(token, probability);
   }
-  const kept = [...best].sort((a, b) => b[1] - a[1]).slice(0, COLUMNS).map(([token]) => token);
-  return kept.sort((a, b) => (a.startsWith("<") - b.startsWith("<")) || (a < b ? -1 : 1));
+  const kept = [...best]
+    .sort((a, b) => b[1] - a[1])
+    .slice(0, COLUMNS)
+    .map(([token]) => token);
+  return kept.sort((a, b) => a.startsWith("<") - b.startsWith("<") || (a < b ? -1 : 1));
 }
 
 /** How surprised somebody is at a loss that is `share` of the loss of a guess among all tokens. */
@@ -63,13 +72,20 @@ function draw() {
   const palette = readPalette();
   $("mean").replaceChildren(
     el("b", { textContent: verdict(answer.mean_loss, answer.sides) }),
-    ` Mean −ln p: `, el("b", { id: "mean-loss", textContent: fixed(answer.mean_loss, 4) }),
+    ` Mean −ln p: `,
+    el("b", { id: "mean-loss", textContent: fixed(answer.mean_loss, 4) }),
     ` over ${answer.tokens} tokens; a die: ${fixed(Math.log(answer.sides), 3)}.`,
     other ? el("span", { className: "orange", textContent: ` ${other.name}: ${fixed(other.mean_loss, 4)}` }) : "",
   );
   const tops = ["context", "token", "p", "−ln p", ...names];
-  const head = el("tr", {}, ...tops.map((text, i) => el("th", { scope: "col", textContent: text, className: i > 3 ? "of-token" : "" })));
-  $("scores").replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows.map((row) => line(row, names, palette)))));
+  const head = el(
+    "tr",
+    {},
+    ...tops.map((text, i) => el("th", { scope: "col", textContent: text, className: i > 3 ? "of-token" : "" })),
+  );
+  $("scores").replaceChildren(
+    el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows.map((row) => line(row, names, palette)))),
+  );
 }
 
 /** A row: the context, the token, its probability, its surprise as a bar, and the probability of each token. */
@@ -80,7 +96,10 @@ function line(row, names, palette) {
   surprise.style.setProperty("--s", Math.min(1, row.loss / 6));
   const cells = names.map((name) => {
     const p = expected.get(name);
-    const cell = el("td", { className: name === row.token ? "p target" : "p", title: p === undefined ? name : `p(${name}) = ${fixed(p, 4)}` });
+    const cell = el("td", {
+      className: name === row.token ? "p target" : "p",
+      title: p === undefined ? name : `p(${name}) = ${fixed(p, 4)}`,
+    });
     if (p !== undefined) {
       cell.style.setProperty("background-color", mix(palette.paper, palette.blue, Math.sqrt(p)));
       cell.append(el("span", { className: "hidden", textContent: fixed(p, 3) }));
@@ -88,5 +107,13 @@ function line(row, names, palette) {
     return cell;
   });
   const p = row.probability < 5e-5 ? row.probability.toExponential(0) : fixed(row.probability, 4);
-  return el("tr", {}, el("th", { scope: "row", textContent: row.context }), el("td", { className: "came", textContent: row.token }), el("td", { textContent: p }), surprise, ...cells);
+  return el(
+    "tr",
+    {},
+    el("th", { scope: "row", textContent: row.context }),
+    el("td", { className: "came", textContent: row.token }),
+    el("td", { textContent: p }),
+    surprise,
+    ...cells,
+  );
 }

@@ -60,6 +60,7 @@ function show() {
   $("replay").ariaLabel = playing ? "Stop the replay" : "Replay the training from its first saved step";
   const at = momentOf(run, step) ?? run.step; // a run deletes saved steps when there are too many
   const text = `Step ${count(at)} of ${count(run.max_iters ?? run.step)}${lossAt(run, at)}`;
-  $("when").textContent = none && run.status === "bundled" ? "A trained model. Press Train to see a new one learn." : text;
+  $("when").textContent =
+    none && run.status === "bundled" ? "A trained model. Press Train to see a new one learn." : text;
   $("moment").setAttribute("aria-valuetext", text);
 }

@@ -49,7 +49,15 @@ function question(run) {
   const { text, layer, head, temperature, top_k, top_p } = view;
   const [layers, heads] = [run.options?.n_layer ?? 1, run.options?.n_head ?? 1];
   const place = { layer: Math.min(layer, Math.max(0, layers - 1)), head: Math.min(head, heads - 1) };
-  return ask("/api/token", { name: run.name, step: momentOf(run, view.step), text, ...place, temperature, top_k, top_p });
+  return ask("/api/token", {
+    name: run.name,
+    step: momentOf(run, view.step),
+    text,
+    ...place,
+    temperature,
+    top_k,
+    top_p,
+  });
 }
 
 /** Load the numbers of the run and of the pinned one. Errors are shown in the panel. */
@@ -66,9 +74,14 @@ export const refresh = oneAtATime(async () => {
   }
   $("top-k").max = answer.choices.length;
   if (view.top_k === null) $("top-k").value = answer.choices.length;
-  $("ids").replaceChildren(...answer.tokens.map((token, i) => el("li", {}, el("b", { textContent: token }), el("span", { textContent: answer.ids[i] }))));
+  $("ids").replaceChildren(
+    ...answer.tokens.map((token, i) =>
+      el("li", {}, el("b", { textContent: token }), el("span", { textContent: answer.ids[i] })),
+    ),
+  );
   $("ids").scrollLeft = $("ids").scrollWidth;
   attention.show(answer);
+  change({ inside: answer });
   drawBars();
 });
 
@@ -82,7 +95,12 @@ function redraw() {
 /** The probabilities of an answer's choices, in their order. */
 function probsOf(of) {
   if (of.choices.length < of.run.vocab_size) return of.choices.map((choice) => choice.probability);
-  return probabilities(of.choices.map((choice) => choice.logit), view.temperature, view.top_k, view.top_p);
+  return probabilities(
+    of.choices.map((choice) => choice.logit),
+    view.temperature,
+    view.top_k,
+    view.top_p,
+  );
 }
 
 /** Draw a bar for each of the likeliest tokens: token, logit, logit / T, softmax. */
@@ -91,12 +109,21 @@ function drawBars() {
   const other = beside && new Map(probsOf(beside).map((p, i) => [beside.choices[i].token, p]));
   const all = $("more").ariaExpanded === "true";
   const rows = answer.choices.slice(0, all ? answer.choices.length : SHOWN);
-  const head = el("div", { role: "row", className: "head" }, ...["token", "logit", "÷ T", "softmax", ""].map((text) => el("span", { role: "columnheader", textContent: text })));
+  const head = el(
+    "div",
+    { role: "row", className: "head" },
+    ...["token", "logit", "÷ T", "softmax", ""].map((text) => el("span", { role: "columnheader", textContent: text })),
+  );
   $("bars").replaceChildren(head, ...rows.map((choice, i) => bar(choice, probs[i], other?.get(choice.token))));
   const rest = probs.slice(rows.length).reduce((a, b) => a + b, 0);
   $("more").hidden = answer.choices.length <= SHOWN;
-  $("more").textContent = all ? "Show fewer" : `Show all ${answer.choices.length}: the others have ${(100 * rest).toFixed(1)} %`;
-  wheel.show(answer.choices.map((choice) => choice.token), probs);
+  $("more").textContent = all
+    ? "Show fewer"
+    : `Show all ${answer.choices.length}: the others have ${(100 * rest).toFixed(1)} %`;
+  wheel.show(
+    answer.choices.map((choice) => choice.token),
+    probs,
+  );
 }
 
 /** One row. `p` is the run's probability, `other` the pinned run's. */
@@ -110,7 +137,13 @@ function bar(choice, p, other) {
     second.style.setProperty("--p", other);
     track.append(second);
   }
-  const row = el("div", { role: "row" }, cell(choice.token, "token"), cell(fixed(choice.logit, 2)), cell(fixed(choice.logit / view.temperature, 2)));
+  const row = el(
+    "div",
+    { role: "row" },
+    cell(choice.token, "token"),
+    cell(fixed(choice.logit, 2)),
+    cell(fixed(choice.logit / view.temperature, 2)),
+  );
   row.dataset.p = p;
   row.dataset.token = choice.token;
   row.append(cell(`${(100 * p).toFixed(1)} %`, p ? "" : "off"), track);

@@ -24,7 +24,9 @@ export function start() {
 /** Offer every matrix of the run. */
 async function offer(run) {
   const { parts } = await ask(query("/api/network", { name: run.name, step: momentOf(run, view.step) }));
-  const matrices = parts.filter(({ matrix }) => matrix).map(({ matrix }) => [matrix, matrix.replace("transformer.", "").replace(".weight", "")]);
+  const matrices = parts
+    .filter(({ matrix }) => matrix)
+    .map(({ matrix }) => [matrix, matrix.replace("transformer.", "").replace(".weight", "")]);
   fill($("matrix"), matrices, view.matrix);
   of = run.name;
   offering = true; // the caller loads the matrix itself
@@ -68,10 +70,13 @@ function draw() {
   context.fillStyle = colour("ink");
   context.textAlign = "right";
   if (size < 12) context.font = `${Math.max(9, size)}px ui-monospace, monospace`;
-  names?.forEach((name, i) => context.fillText(name.startsWith("<") ? "·" : name.slice(0, 4), margin - 6, (i + 0.5) * size));
+  names?.forEach((name, i) =>
+    context.fillText(name.startsWith("<") ? "·" : name.slice(0, 4), margin - 6, (i + 0.5) * size),
+  );
   const small = answer.shrunk ? ", each cell the mean of a block" : "";
   const sizes = answer.shape.join(" × ");
-  $("heat-key").textContent = `${sizes}${small}. Blue: above 0, orange: below 0, the strongest is ${fixed(largest, largest < 0.01 ? 6 : 3)}.`;
+  $("heat-key").textContent =
+    `${sizes}${small}. Blue: above 0, orange: below 0, the strongest is ${fixed(largest, largest < 0.01 ? 6 : 3)}.`;
   $("heat").setAttribute("aria-label", `${view.matrix}: ${$("heat-key").textContent}`);
   drawHistogram($("kind").value === "gradient" ? answer.gradient_histogram : answer.histogram);
 }
@@ -110,5 +115,6 @@ function tellCell(event) {
   const { size, margin } = layout(matrix, names);
   const [i, j] = [Math.floor(event.offsetY / size), Math.floor((event.offsetX - margin) / size)];
   const value = matrix[i]?.[j];
-  if (value !== undefined) $("heat-key").textContent = `row ${names ? names[i] : i}, column ${j}: ${value.toPrecision(4)}`;
+  if (value !== undefined)
+    $("heat-key").textContent = `row ${names ? names[i] : i}, column ${j}: ${value.toPrecision(4)}`;
 }

@@ -58,12 +58,15 @@ function draw() {
   const at = (share) => (share - 0.25) * 2 * Math.PI;
   const point = (share, r) => [centre + r * Math.cos(at(share)), centre + r * Math.sin(at(share))];
   let sum = 0;
+  let before = 0; // the running sum up to the chosen token
   probs.forEach((p, k) => {
+    if (k === i) before = sum;
     if (!p) return;
     context.beginPath();
     context.moveTo(centre, centre);
     context.arc(centre, centre, radius, at(sum), at(sum + p));
-    context.fillStyle = k === i ? colour("orange") : mix(colour("heat-blue"), colour("paper"), 0.25 + 0.6 * (k % 4) / 3);
+    context.fillStyle =
+      k === i ? colour("orange") : mix(colour("heat-blue"), colour("paper"), 0.25 + (0.6 * (k % 4)) / 3);
     context.fill();
     if (p > 0.035) {
       context.fillStyle = k === i ? colour("on-orange") : colour("ink");
@@ -74,7 +77,11 @@ function draw() {
   drawPointer(context, point, n, radius);
   $("n-value").textContent = n.toFixed(3);
   $("drawn").textContent = `n = ${n.toFixed(3)} → ${tokens[i]}`;
-  $("wheel").setAttribute("aria-label", `Wheel of ${tokens.length} tokens; n = ${fixed(n)} falls into the part of ${tokens[i]}`);
+  $("part").textContent = `its part: ${before.toFixed(3)} to ${(before + probs[i]).toFixed(3)}`;
+  $("wheel").setAttribute(
+    "aria-label",
+    `Wheel of ${tokens.length} tokens; n = ${fixed(n)} falls into the part of ${tokens[i]}`,
+  );
   turned(i);
 }
 
