@@ -279,7 +279,10 @@ def test_a_mistake_is_shown_where_it_was_made(visit):
 
 def test_hostile_text_stays_text(visit):
     page = visit(expected=["400"])
+    hostile = {"texts": [{"text": HOSTILE, "is_new": True}] * 12}
+    page.route("**/api/samples", lambda route: route.fulfill(json=hostile))
     show(page, HOSTILE)
+    assert page.locator("#texts li").first.inner_text().startswith(HOSTILE)
     page.click("#open-new")
     for selector in ("#text", "#score-text", "#prompt"):
         page.fill(selector, HOSTILE)
@@ -370,6 +373,25 @@ def test_a_lesson_asks_for_a_guess_first(visit, trained):
     loss = run["evaluations"][-1]["val_loss"]
     assert page.inner_text("#result-0").startswith(f"Your guess 3.20, this run {loss:.3f}, measured before 2.483.")
     assert [question["config"] for question in asked] == ["config/ladder/0_bigram.py"]
+
+
+def test_automatic_rounds_leave_the_machine_to_training(visit):
+    """At least half a second apart, and 20 times as long as the last took."""
+    page = visit()
+    gaps = page.evaluate(
+        """async () => {
+          const { gently } = await import('/static/api.js');
+          const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+          const measure = async took => {
+            const times = [];
+            const ask = gently(async () => { times.push(performance.now()); await wait(took); });
+            while (times.length < 3) { ask(); await wait(10); }
+            return times[2] - times[1];
+          };
+          return [await measure(1), await measure(60)];
+        }"""
+    )
+    assert 500 <= gaps[0] < 1000 and gaps[1] >= 20 * 60
 
 
 def test_pause_one_step_and_a_server_that_dies(visit, served):

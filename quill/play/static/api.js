@@ -1,6 +1,7 @@
 /** Questions to the server. Nothing here knows what the answers are for. */
 
 const token = new URLSearchParams(location.search).get("token") || "";
+const SLOW = 500; // milliseconds until a panel says that it computes
 const WAIT = 0.5; // seconds between two automatic rounds, at least
 const SHARE = 20; // … and at least this many times as long as the last one took: at most 5 % of the time goes to the page
 
@@ -41,8 +42,11 @@ export function query(path, parameters) {
 /** The address of a run's event stream. EventSource cannot send headers, so the token is a parameter. */
 export const streamAddress = (name) => query("/api/events", { name, token });
 
-/** Make `work` run one at a time: calls during a run become one more run at its end, with the newest arguments. */
-export function oneAtATime(work) {
+/**
+ * Make `work` run one at a time: calls during a run become one more run at its end, with the newest arguments.
+ * The panel `id` says that it computes, if that takes longer than a moment.
+ */
+export function oneAtATime(work, id = "main") {
   let running = null;
   let next = null;
   return function call(...args) {
@@ -50,7 +54,11 @@ export function oneAtATime(work) {
       next = args;
       return running;
     }
+    const panel = document.getElementById(id);
+    const slow = setTimeout(() => panel.classList.add("busy"), SLOW);
     running = Promise.resolve(work(...args)).finally(() => {
+      clearTimeout(slow);
+      panel.classList.remove("busy");
       running = null;
       const again = next;
       next = null;

@@ -85,7 +85,9 @@ function describe() {
     .join(" · ");
   const rate = run.evaluations.at(-1)?.tokens_per_s;
   const speed = active && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
-  const words = active && !ready(run) ? STARTING : (WORDS[run.status] ?? run.status);
+  const chosen = run.status === "bundled" && view.setup.selected_config; // the argument of play.py
+  const hint = chosen ? ` Press Train to train ${chosen}.` : "";
+  const words = active && !ready(run) ? STARTING : (WORDS[run.status] ?? run.status) + hint;
   document.body.classList.toggle("pending", !ready(run));
   if (!document.body.classList.contains("lost"))
     $("status").textContent = `${run.title || run.name}: ${words}${speed} ${run.note || ""}`;

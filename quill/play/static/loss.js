@@ -104,11 +104,22 @@ function rebuild() {
         line(colour("orange"), 2),
         { ...dots(colour("orange")), dash: [6, 4] },
       ],
-      hooks: { draw: [drawLines] },
+      hooks: { draw: [drawLines], setCursor: [readOut] },
     },
     columns(),
     $("curve"),
   );
+}
+
+/** Say the numbers under the pointer. */
+function readOut(u) {
+  const i = u.cursor.idx;
+  const names = ["batch", "mean", "validation", "batch beside", "mean beside", "validation beside"];
+  const values = i === null || i === undefined ? [] : u.data.slice(1).map((column) => column[i]);
+  const parts = values.flatMap((value, k) =>
+    value === undefined || value === null ? [] : `${names[k]} ${value.toPrecision(4)}`,
+  );
+  $("curve-key").textContent = parts.length ? `Step ${u.data[0][i]}: ${parts.join(", ")}` : "";
 }
 
 /** Horizontal lines with names for the models that only count, and a vertical one at the chosen step. */
@@ -153,7 +164,7 @@ function stroke(context, ...[x, y, toX, toY]) {
 }
 
 /** Show the curves of the run, and say their last numbers in words. */
-function draw() {
+export function draw() {
   if (!view.run) return;
   if (plot) plot.setData(columns());
   else rebuild();

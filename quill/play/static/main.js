@@ -9,7 +9,7 @@ import * as loss from "./loss.js";
 import * as network from "./network.js";
 import * as newrun from "./newrun.js";
 import * as samples from "./samples.js";
-import { change, on, ready, view } from "./store.js";
+import { change, on, ready, view, writesLines } from "./store.js";
 import { listen } from "./stream.js";
 import * as table from "./table.js";
 import * as timeline from "./timeline.js";
@@ -54,10 +54,14 @@ function watchPanels() {
   });
 }
 
+let opened = 0; // counts the calls of open
+
 /** Show a run, by its name or its run object. */
 async function open(which) {
   try {
+    const mine = ++opened;
     const run = typeof which === "string" ? await ask(query("/api/run", { name: which })) : which;
+    if (mine !== opened) return; // another run was chosen meanwhile
     const other = run.name !== view.run?.name;
     if (other) {
       complain($("error"), "");
@@ -104,6 +108,17 @@ function chooseTexts(run) {
   change({ text: $("text").value });
 }
 
+/** Follow a pinned run that trains beside the one that is shown. */
+async function followPinned() {
+  if (view.pinned?.status !== "running" || document.hidden) return;
+  const run = await ask(query("/api/run", { name: view.pinned.name })).catch(() => null);
+  if (run && run.name === view.pinned?.name) {
+    view.pinned = run; // not by change(): that would ask for all panels at once
+    loss.draw();
+    follow();
+  }
+}
+
 /** Compare with another run. */
 async function pin() {
   const name = $("pinned").value;
@@ -121,6 +136,10 @@ async function main() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => change({ theme: performance.now() }));
   document.addEventListener("visibilitychange", () => !document.hidden && view.run && round());
   addEventListener("resize", () => change({ theme: performance.now() }));
+  $("text").onkeydown = (event) => {
+    if (event.key === "Enter" && writesLines(view.run)) event.preventDefault(); // a name has no second line
+  };
+  setInterval(followPinned, 2000);
   on("step pinned", round);
   on("runs run", () => loss.offer(view.runs));
   $("pinned").onchange = pin;

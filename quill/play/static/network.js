@@ -38,7 +38,7 @@ export const refresh = oneAtATime(async () => {
   } catch (error) {
     complain($("network"), error.message);
   }
-});
+}, "network");
 
 /** What a part does in a word or two. */
 function words(name) {

@@ -53,7 +53,7 @@ export const refresh = oneAtATime(async () => {
   } catch (error) {
     complain($("samples"), error.message);
   }
-});
+}, "samples");
 
 /** Fill a list with texts. */
 function put(list, texts, run) {

@@ -5,6 +5,7 @@ import { mix, readPalette } from "./canvas.js";
 import { $, announce, complain, el, fixed } from "./dom.js";
 import { momentOf, on, ready, view } from "./store.js";
 
+const ROWS = 200; // of the table, at most: a long text would stop the browser
 const COLUMNS = 30; // tokens in the head of the table, at most
 let answer = null; // of /api/score
 let other = null; // … for the pinned run
@@ -41,7 +42,7 @@ export const refresh = oneAtATime(async () => {
   } catch (error) {
     complain($("table"), error.message);
   }
-});
+}, "table");
 
 /** The tokens in the head: those of the text, and the likeliest anywhere, in alphabetical order. */
 function columns(rows) {
@@ -67,7 +68,7 @@ function verdict(mean, vocabulary) {
 }
 
 function draw() {
-  const { rows } = answer;
+  const rows = answer.rows.slice(0, ROWS);
   const names = columns(rows);
   const palette = readPalette();
   $("mean").replaceChildren(
@@ -75,6 +76,7 @@ function draw() {
     ` Mean −ln p: `,
     el("b", { id: "mean-loss", textContent: fixed(answer.mean_loss, 4) }),
     ` over ${answer.tokens} tokens; a die: ${fixed(Math.log(answer.sides), 3)}.`,
+    answer.tokens > ROWS ? ` The first ${ROWS} are shown.` : "",
     other ? el("span", { className: "orange", textContent: ` ${other.name}: ${fixed(other.mean_loss, 4)}` }) : "",
   );
   const tops = ["context", "token", "p", "−ln p", ...names];

@@ -83,7 +83,7 @@ export const refresh = oneAtATime(async () => {
   attention.show(answer);
   change({ inside: answer });
   drawBars();
-});
+}, "token");
 
 /** New probabilities: from the logits at once, if all are here; else the server knows the others' share. */
 function redraw() {

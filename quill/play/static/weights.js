@@ -46,7 +46,7 @@ export const refresh = oneAtATime(async () => {
   } catch (error) {
     complain($("weights"), error.message);
   }
-});
+}, "weights");
 
 /** The matrix that is shown: values or gradient, or null. */
 const shown = () => ($("kind").value === "gradient" ? answer.gradient : answer.values);
