@@ -53,8 +53,18 @@ function draw() {
   const { matrix, T, margin, size } = layout();
   const context = prepare($("attention"), margin + T * size, 20 + T * size);
   const values = matrix.flat().filter((value) => value !== null);
-  const largest = $("stage").value === "softmax" ? 1 : Math.max(...values.map(Math.abs));
-  drawCells(context, matrix, size, margin, 20, largest);
+  const isSoftmax = $("stage").value === "softmax";
+  const largest = isSoftmax ? 1 : Math.max(...values.map(Math.abs));
+  // The root of a weight: over many tokens, weights are small, and would all look like 0.
+  const shade = (value) => (isSoftmax && value !== null ? Math.sqrt(value) : value);
+  drawCells(
+    context,
+    matrix.map((row) => row.map(shade)),
+    size,
+    margin,
+    20,
+    largest,
+  );
   context.fillStyle = colour("ink");
   const names = shown.tokens.slice(-T);
   const every = Math.ceil(13 / size); // leave out letters that would overlap

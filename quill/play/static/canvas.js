@@ -34,15 +34,15 @@ export function diverging(value, largest, palette = readPalette()) {
 /** The colours of a heat map, read once for each picture: reading them for each cell would be slow. */
 export const readPalette = () => ({ paper: colour("cell"), blue: colour("heat-blue"), orange: colour("heat-orange") });
 
-/** Draw a matrix as coloured cells of `size` pixels at (left, top). null is left empty. */
-export function drawCells(context, matrix, size, left, top, largest) {
+/** Draw a matrix as coloured cells at (left, top), `size` pixels wide and `height` high. null is left empty. */
+export function drawCells(context, matrix, size, left, top, largest, height = size) {
   const palette = readPalette();
   const gap = size > 8 ? 1 : 0;
   matrix.forEach((row, i) =>
     row.forEach((value, j) => {
       if (value === null) return;
       context.fillStyle = diverging(value, largest, palette);
-      context.fillRect(left + j * size, top + i * size, size - gap, size - gap);
+      context.fillRect(left + j * size, top + i * height, size - gap, height - gap);
     }),
   );
 }

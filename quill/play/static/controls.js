@@ -12,14 +12,16 @@ const WORDS = {
   paused: "paused.",
   finished: "finished. Press Replay to watch it learn.",
 };
+const PAUSING = "Pausing: the run ends its step and writes a checkpoint …";
 const STARTING = "starting: Python reads torch and the data, a few seconds …";
 let open = null; // shows another run: main.js
+let working = false; // two clicks are one run
 
 /** Wire the head; `show` opens a run by its name or its run object. */
 export function start(show) {
   open = show;
   $("run").onchange = () => show($("run").value);
-  $("train").onclick = () => tried("Asking for training …", train);
+  $("train").onclick = () => tried(view.run.status === "running" ? PAUSING : "Asking for training …", train);
   $("step").onclick = () => tried("Taking one step …", oneStep);
   $("anew").onclick = () => tried("Starting anew …", () => startAnew());
   on("run runs", describe);
@@ -27,6 +29,8 @@ export function start(show) {
 
 /** Do `work`, say so meanwhile, and show what went wrong under the buttons. */
 async function tried(words, work) {
+  if (working) return;
+  working = true;
   complain($("error"), "");
   $("status").textContent = words;
   const buttons = ["train", "step", "anew"].map($);
@@ -36,6 +40,7 @@ async function tried(words, work) {
   } catch (error) {
     complain($("error"), error.message);
   }
+  working = false;
   buttons.forEach((button) => button.removeAttribute("aria-disabled"));
   describe();
 }
@@ -99,7 +104,7 @@ function describe() {
 function failed(run) {
   const ended = ["paused", "finished"].includes(run.status) && run.step === 0;
   const reason = run.error || (ended ? (run.log || "").trim().split("\n").at(-1) : "");
-  if (reason) complain($("error"), reason);
+  if (reason && !reason.startsWith("stopped by")) complain($("error"), reason);
 }
 
 /** Ask for the list of runs. */

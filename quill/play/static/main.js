@@ -84,11 +84,7 @@ function arrived(run) {
   if (run.name !== view.run?.name) return;
   const before = view.run;
   change({ run });
-  if (before.status !== run.status)
-    controls.listRuns().then(
-      (runs) => change({ runs }),
-      () => {},
-    );
+  if (before.status !== run.status) findRuns();
   const moved =
     run.weights_step !== before.weights_step ||
     run.step !== before.step ||
@@ -119,6 +115,12 @@ async function followPinned() {
   }
 }
 
+/** List the runs that were started elsewhere meanwhile. */
+async function findRuns() {
+  const runs = document.hidden ? null : await controls.listRuns().catch(() => null);
+  if (runs) change({ runs });
+}
+
 /** Compare with another run. */
 async function pin() {
   const name = $("pinned").value;
@@ -140,6 +142,7 @@ async function main() {
     if (event.key === "Enter" && writesLines(view.run)) event.preventDefault(); // a name has no second line
   };
   setInterval(followPinned, 2000);
+  setInterval(findRuns, 5000);
   on("step pinned", round);
   on("runs run", () => loss.offer(view.runs));
   $("pinned").onchange = pin;

@@ -85,14 +85,14 @@ function drawWay() {
   const rows = names.map((name) => shrink(vectors[name], MOST));
   const margin = 86;
   const size = Math.max(2, Math.min(18, Math.floor(($("network").clientWidth - 44 - margin) / rows[0].length)));
-  const height = Math.max(size, 15);
+  const height = Math.max(size, 16);
   const context = prepare($("way"), margin + size * rows[0].length, height * rows.length);
   rows.forEach((row, i) => {
-    drawCells(context, [row], size, margin, i * height, Math.max(...row.map(Math.abs))); // each row has its own scale
+    drawCells(context, [row], size, margin, i * height, Math.max(...row.map(Math.abs)), height - 2); // a scale for each row
     context.fillStyle = colour("ink");
     context.textAlign = "right";
     context.font = "12px ui-monospace, Menlo, Consolas, monospace";
-    context.fillText(names[i], margin - 6, i * height + size / 2);
+    context.fillText(names[i], margin - 6, i * height + height / 2);
   });
   const lengths = names.map((name) => `${name} ${fixed(Math.hypot(...vectors[name]), 2)}`).join(", ");
   $("way-key").textContent = `The vector of “${tokens.at(-1)}”. Lengths: ${lengths}.`;
