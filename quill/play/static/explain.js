@@ -4,7 +4,7 @@ import { $, el } from "./dom.js";
 
 const PANELS = {
   samples: {
-    look: "Move the slider above, and watch it learn to write.",
+    look: "Written letter by letter. After training, the slider above shows how it learned.",
     formula: "text = token₁ token₂ … , each drawn from p(next | all tokens before it)",
     code: ["sample_token", "GPT.forward"],
     exercise: "Move the temperature to 0.1, then to 2. At which end do all samples look alike, and why?",

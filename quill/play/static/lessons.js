@@ -6,7 +6,6 @@ import { choose } from "./newrun.js";
 import { on, view } from "./store.js";
 
 const guesses = new Map(); // the run that a lesson started → { guess, lesson }
-const done = new Map(); // lesson number → { guess, loss }
 
 /** Build the list; `show` opens the run that a lesson starts. */
 export function start({ lessons }, show) {
@@ -58,7 +57,6 @@ function finished(run) {
   const { guess, lesson } = entry;
   const { val_loss } = run.evaluations.at(-1);
   guesses.delete(run.name);
-  done.set(lesson.number, { guess, val_loss });
   const off = Math.abs(guess - val_loss);
   const praise = off < 0.05 ? "Spot on!" : off < 0.3 ? "Close." : "A surprise.";
   $(`result-${lesson.number}`).textContent =

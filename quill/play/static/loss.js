@@ -4,7 +4,7 @@ import { colour } from "./canvas.js";
 import { $, el, fill, fixed } from "./dom.js";
 import { on, view } from "./store.js";
 
-const NAMES = { die: "a die", unigram: "counting tokens", bigram: "counting pairs" };
+const NAMES = { die: "a die", unigram: "counting tokens", bigram: "counting pairs", own: "this model" };
 const MEASURES = { loss: "loss", gradient_norm: "gradient norm", lr: "learning rate" };
 const HEIGHT = 270;
 let plot = null;
@@ -40,8 +40,12 @@ function smooth(losses) {
 /** What the y axis shows, by its name in the run object. */
 const measure = () => $("measure").value;
 
-/** The losses of the models that only count, if the loss is shown. */
-const baselines = () => Object.entries((measure() === "loss" && view.run?.baselines) || {});
+/** The lines across the picture, if it shows the loss: the models that only count, and a model without a curve. */
+function baselines() {
+  if (measure() !== "loss" || !view.run) return [];
+  const { baselines: counted, evaluations, val_loss: own } = view.run;
+  return Object.entries({ ...counted, ...(own && !evaluations.length ? { own } : {}) });
+}
 
 /** Curves of both runs on one axis of steps. → uPlot's columns */
 function columns() {
@@ -176,13 +180,11 @@ export function draw() {
   if (evaluations.length) items.push(entry("val", "validation", fixed(evaluations.at(-1).val_loss)));
   if (view.pinned)
     items.push(
-      entry(
-        "pinned",
-        view.pinned.name,
-        view.pinned.evaluations.length ? fixed(view.pinned.evaluations.at(-1).val_loss) : "",
-      ),
+      entry("pinned", view.pinned.name, fixed(view.pinned.evaluations.at(-1)?.val_loss ?? view.pinned.val_loss)),
     );
-  if (!items.length) items.push(el("li", { textContent: "No curve yet: press Train." }));
+  if (!items.length && view.run.val_loss)
+    items.push(el("li", { textContent: `This model: ${fixed(view.run.val_loss)}. Press Train for a curve.` }));
+  if (!items.length) items.push(el("li", { textContent: "No curve yet." }));
   $("legend").replaceChildren(...items);
   const lines = baselines().map(([name, loss]) => `${NAMES[name] ?? name} ${fixed(loss, 2)}`);
   $("curve").setAttribute("aria-label", `Loss at each step. ${[$("legend").textContent, ...lines].join("; ")}`);

@@ -147,8 +147,8 @@ async function main() {
   on("runs run", () => loss.offer(view.runs));
   $("pinned").onchange = pin;
   try {
-    const setup = await ask("/api/setup");
-    change({ setup, runs: await controls.listRuns() });
+    const [setup, runs] = await Promise.all([ask("/api/setup"), controls.listRuns()]);
+    change({ setup, runs });
     controls.start(open);
     newrun.start(setup, open);
     lessons.start(setup, open);
