@@ -192,6 +192,7 @@ def test_it_opens_on_something_alive(visit):
     assert page.locator("#bars [data-token]").count() == 10
     assert [text.split("\n")[0] for text in page.locator("#ids li").all_inner_texts()] == ["<start>", "a", "n", "n"]
     assert page.get_attribute("#attention", "aria-label").startswith("Attention of layer 0, head 0: “n” looks most")
+    assert page.inner_text("#legend") == "This model: 2.339. Press Train for a curve."
     made = page.locator("#texts .made").count()
     assert page.inner_text("#star") == f"★ Made up: {made} of 12 are not in the 8,172 texts of the data."
 

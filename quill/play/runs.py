@@ -420,7 +420,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
         options = asdict(TrainConfig(**{key: value for key, value in saved["config"].items() if key in known}))
         sizes = {weight.data_ptr(): weight.numel() for weight in saved["model"].values()}  # tied weights once
         counts = {"parameters": sum(sizes.values()), "vocab_size": int(saved["vocab_size"])}
-        return {"options": options, "step": int(saved["step"])} | counts
+        return {"options": options, "step": int(saved["step"]), "val_loss": float(saved["best_val_loss"])} | counts
     except Exception:  # a damaged pickle can fail in any way
         return None
 
