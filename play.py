@@ -7,8 +7,6 @@
 The page lists the runs below the folder out. It needs two packages: pip install starlette uvicorn
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 
@@ -22,61 +20,54 @@ from quill.cli import CONFIG_DIR, config_files, did_you_mean, read_args, run
 from quill.errors import UserError
 from quill.options import PlayConfig
 
-MOST_TRIES = 100  # ports
-
 
 def open_socket(port: int) -> socket.socket:
     """Listen to a port of 127.0.0.1; 0 is any. Raise a UserError that names the next free one if it is taken."""
     problem = ""
-    for number in range(port, min(port + MOST_TRIES, 65536)):
-        listening = socket.socket()
-        if os.name == "posix":
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a port stays taken for a minute
+    for number in range(port, 65536):
         try:
-            listening.bind(("127.0.0.1", number))
-            listening.listen()
+            listening = socket.create_server(("127.0.0.1", number))
         except OSError as error:
-            listening.close()
-            problem = problem or error.strerror
+            problem = problem or os.strerror(error.errno or 0)
             continue
         if not problem:
             return listening
         listening.close()
-        raise UserError(f"--port={port}: {problem}; --port={number} is free")
-    raise UserError(f"--port={port}: {problem}, and so are the next ports; give another --port")
+        problem += f"; --port={number} is free"
+        break
+    raise UserError(f"--port={port}: {problem}")
 
 
 def find_run(out_dir: str) -> tuple[Path, str]:
     """Return the folder whose runs are listed, which is out if `out_dir` is in it, and the name of the run in it."""
-    root, folder = Path(os.path.abspath("out")), Path(os.path.abspath(out_dir))
-    if root != folder and root not in folder.parents:
-        root = folder.parent
+    root, folder = Path("out").absolute(), Path(os.path.abspath(out_dir))
+    root = root if folder.is_relative_to(root) else folder.parent
     return root, folder.relative_to(root).as_posix()
 
 
 def main(argv: list[str]) -> None:
     """Read the options, and serve the page until a signal arrives."""
-    positional, flags = read_args(argv, PlayConfig, __doc__)
+    configs, flags = read_args(argv, PlayConfig, __doc__)
     config = PlayConfig(**flags)
-    if len(positional) + bool(config.out_dir) > 1:
+    if len(configs) + bool(config.out_dir) > 1:
         raise UserError(f"give one config, or --out_dir, not {' '.join(argv)}")
+    selected = Path(configs[0]).as_posix() if configs else None
     names = [path.relative_to(CONFIG_DIR.parent).as_posix() for path in config_files()]
-    if positional and Path(positional[0]).as_posix() not in names:
-        raise UserError(f"{positional[0]}: not one of the configs in config/{did_you_mean(positional[0], names)}")
-    for package in ("starlette", "uvicorn"):
-        if find_spec(package) is None:
-            raise UserError(f"the page needs the package {package}: pip install starlette uvicorn")
+    if selected and selected not in names:
+        raise UserError(f"{selected}: not one of the configs in config/{did_you_mean(selected, names)}")
+    if not (find_spec("starlette") and find_spec("uvicorn")):
+        raise UserError("the page needs two packages: pip install starlette uvicorn")
     with open_socket(config.port) as listening:  # before torch is imported, which takes seconds
         from quill.data.token_files import prepare_if_missing
         from quill.play.runs import Runs
         from quill.play.server import make_server
 
-        root, selected = find_run(config.out_dir) if config.out_dir else (Path("out"), "bundled")
+        root, name = find_run(config.out_dir) if config.out_dir else (Path("out"), "bundled")
         with suppress(UserError):  # without its dataset, the bundled model's page has fewer lines
             prepare_if_missing("names", config.data_dir)
         runs = Runs(root, config.data_dir)
-        runs.run(selected)  # raises a UserError if there is no such run
-        server, address = make_server(listening, runs, selected, Path(positional[0]).as_posix() if positional else None)
+        runs.run(name)  # raises a UserError if there is no such run
+        server, address = make_server(listening, runs, name, selected)
         print(address, flush=True)
         server.run([listening])
 

@@ -83,9 +83,13 @@ def note(text: str, every_rank: bool = False) -> None:
     stderr are ignored, for example if it is closed. every_rank: print on this rank, whichever it is.
     """
     if every_rank or os.environ.get("RANK", "0") == "0":
-        line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         with suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
+            print(one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """Return `text` with its control characters escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def highlight(text: str) -> str:

@@ -21,45 +21,24 @@ SHOWN = 8  # how many tokens and how many numbers of a vector are printed
 
 
 @dataclass(frozen=True)
-class Inside:
-    """What a model computes for the token after a context."""
+class Trace:
+    """What the token after a context was drawn from."""
 
     ids: list[int]  # the tokens that the model sees (T,)
     vectors: dict[str, list[float]]  # the last token's vector (C,) after each part: "wte", "wte + wpe", "block 0", …
     logits: list[float]  # (V,)
-
-
-@dataclass(frozen=True)
-class Trace(Inside):
-    """What the token after a context was drawn from."""
-
     probs: list[float]  # softmax(logits / temperature), with 0 for what top_k and top_p drop (V,)
     numbers: list[float]  # a random number for each token (V,)
     token: int  # the one with the largest probs / numbers
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A token that may be drawn."""
-
-    id: int
-    token: str  # its name
-    logit: float
-    scaled: float  # logit / temperature
-    probability: float
-    sum: float  # of the probabilities down to this one, the likeliest first
-
-
-def look_inside(
-    model: GPT, idx: torch.Tensor, temperature=0.0, top_k=None, top_p=None, generator=None
-) -> tuple[Inside, torch.Tensor]:
-    """Draw the token after `idx` (B, T) with `stream_tokens`. → what the model computed for row 0, and the tokens (B,)
-
-    At the temperature 0, no random number is drawn.
-    """
+def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature=1.0, top_k=None, top_p=None) -> Trace:
+    """Draw the token after `idx` (B, T) with `stream_tokens`. Return what row 0 was drawn from."""
     parts, seen = model.transformer, {}
     places = {"wte": parts.wte, "ln_e": parts.ln_e} | {f"block {i}": block for i, block in enumerate(parts.h)}
     places |= {"ln_f": parts.ln_f, "lm_head": model.lm_head}
+    again = torch.Generator(idx.device)
+    again.set_state(generator.get_state())
     with ExitStack() as stack:
         for name, part in places.items():  # each keeps row 0 of its input and of its output
             hook = part.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0][0], y[0])}))
@@ -70,27 +49,11 @@ def look_inside(
     if parts.wpe is not None:
         position = {"wpe": parts.wpe.weight[len(ids) - 1], "wte + wpe": seen["ln_e"][0][-1]}
         vectors = {"wte": vectors["wte"]} | position | vectors
-    return Inside(ids, {name: vector.tolist() for name, vector in vectors.items()}, logits.tolist()), tokens
-
-
-def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature=1.0, top_k=None, top_p=None) -> Trace:
-    """Draw the token after `idx` (B, T) with `stream_tokens`. Return what row 0 was drawn from."""
-    again = torch.Generator(idx.device)
-    again.set_state(generator.get_state())
-    inside, tokens = look_inside(model, idx, temperature, top_k, top_p, generator)
-    probs = probabilities(torch.tensor([inside.logits], device=idx.device), temperature, top_k, top_p)
+    probs = probabilities(logits[None], temperature, top_k, top_p)
     # torch.multinomial draws these numbers too, and then takes the token with the largest probability / number.
     numbers = probs.repeat(len(idx), 1).exponential_(generator=again)[0]
-    probs = probs[0] / probs.sum()
-    return Trace(**vars(inside), probs=probs.tolist(), numbers=numbers.tolist(), token=int(tokens[0]))
-
-
-def rank(names: list[str], logits: list[float], probs: list[float], temperature: float) -> list[Choice]:
-    """Return a Choice for each token, with the name of its id in `names`, the largest logit first."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    sums = accumulate(probs[i] for i in order)
-    scaled = (logits[i] / temperature if temperature else math.inf for i in order)
-    return [Choice(i, names[i], logits[i], x, probs[i], total) for i, x, total in zip(order, scaled, sums, strict=True)]
+    vectors = {name: vector.tolist() for name, vector in vectors.items()}
+    return Trace(ids, vectors, logits.tolist(), (probs[0] / probs.sum()).tolist(), numbers.tolist(), int(tokens[0]))
 
 
 @torch.no_grad()
@@ -130,16 +93,21 @@ def trace_lines(path: Trace, steps: dict[str, torch.Tensor], tokenizer: Tokenize
         last = matrix[-len(context) :, -len(context) :].tolist()
         yield from table([["", *context], *([name, *row] for name, row in zip(context, last, strict=True))])
     yield highlight("\nThe likeliest tokens, and the one that is drawn")
-    choices = rank(names, path.logits, path.probs, temperature)
-    drawn = next(choice for choice in choices if choice.id == path.token)
+    sums = rank(path.logits, path.probs)
+    order = list(sums)
     rows: list = [["token", "logit", f"/ {temperature:g}", "softmax", "running sum", "random", "softmax / random"]]
-    for choice in choices[:SHOWN] + [drawn] * (drawn not in choices[:SHOWN]):
-        _, *numbers = vars(choice).values()
-        random = path.numbers[choice.id]
-        rows.append([*numbers, random, choice.probability / random])
+    for i in order[:SHOWN] + [path.token] * (path.token not in order[:SHOWN]):
+        logit, p, number = path.logits[i], path.probs[i], path.numbers[i]
+        rows.append([names[i], logit, logit / temperature, p, sums[i], number, p / number])
     yield from table(rows)
-    wheel = f"On a wheel from 0 to 1, its part is {drawn.sum - drawn.probability:.4f} to {drawn.sum:.4f}."
-    yield f"{drawn.token} is drawn: it has the largest softmax / random. {wheel}"
+    drawn, end = f"{names[path.token]} is drawn: it has the largest softmax / random.", sums[path.token]
+    yield f"{drawn} On a wheel from 0 to 1, its part is {end - path.probs[path.token]:.4f} to {end:.4f}."
+
+
+def rank(logits: list[float], probs: list[float]) -> dict[int, float]:
+    """Sort the ids by their logits, the largest first. → {id: the sum of the probabilities down to it}"""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    return dict(zip(order, accumulate(probs[i] for i in order), strict=True))
 
 
 def table(rows: list) -> list[str]:

@@ -37,10 +37,10 @@ from quill.data.tokenizers import from_json, make
 from quill.errors import UserError
 from quill.options import TrainConfig
 from quill.play.contents import write_config
-from quill.play.fields import Fields
 from quill.play.runs import BUNDLED, Runs
 from quill.play.server import HEADERS, LIMIT, STATIC, make_server
-from quill.trace import attention_steps, look_inside, trace
+from quill.play.views import Fields
+from quill.trace import attention_steps, trace
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--device=cpu", "--dtype=float32", "--threads=1"]
@@ -203,7 +203,7 @@ def test_the_temperature_0_takes_the_likeliest(page):
 
 def test_a_new_temperature_needs_no_forward_pass(page, monkeypatch):
     calls = []
-    monkeypatch.setattr(views, "look_inside", lambda *args: calls.append(args) or look_inside(*args))
+    monkeypatch.setattr(views, "trace", lambda *args: calls.append(args) or trace(*args))
     answers = [page.get("/api/token", {"text": "once", "temperature": t}) for t in (1.0, 0.5, 2.0)]
     assert len(calls) == 1
     tops = [answer["choices"][0]["probability"] for answer in answers]

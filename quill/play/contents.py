@@ -1,13 +1,12 @@
 """What the page shows before it asks about a run: configs, dials, lessons and code, all read from the repository."""
 
-from __future__ import annotations
-
 import ast
 import re
 import textwrap
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from quill.cli import CONFIG_DIR, config_files, option_types, read_config_file
 from quill.options import TrainConfig
@@ -16,19 +15,29 @@ ROOT = CONFIG_DIR.parent
 DIALS = ["n_layer", "n_head", "n_embd", "block_size", "dropout", "batch_size"]
 DIALS += ["learning_rate", "optimizer", "max_iters", "seed"]
 CODE = {
-    "model.py": ["final_hidden", "qkv", "attend", "MLP.forward", "Block.forward", "GPT.forward", "init_weights"],
-    "quill/generation.py": ["sample_token", "probabilities"],
-    "quill/scoring.py": ["score"],
-    "train.py": ["train_step"],
+    "model.py": "GPT.final_hidden CausalSelfAttention.qkv CausalSelfAttention.attend MLP.forward Block.forward "
+    "GPT.forward GPT.init_weights",
+    "quill/generation.py": "sample_token probabilities",
+    "quill/scoring.py": "score",
+    "train.py": "train_step",
 }
 
 
+@cache
 def read_contents() -> dict[str, Any]:
     """Return what does not change while the server runs: configs, dials, lessons, code."""
     configs = [read_config(path) for path in config_files()]
+    dials, kinds = [], option_types(TrainConfig)
+    helps = {f.name: f.metadata["help"] for f in fields(TrainConfig)}
+    for name in DIALS:
+        choices = list(get_args(kinds[name])) or None
+        kind = "choice" if choices else kinds[name].__name__
+        dials.append({"name": name, "help": helps[name], "kind": kind, "choices": choices})
     lessons = [read_lesson(config) for config in configs if config["name"].startswith("config/ladder/")]
-    code = {name: find_code(file, name) for file, names in CODE.items() for name in names}
-    return {"configs": configs, "dials": [*map(dial, DIALS)], "lessons": lessons, "code": code}
+    code = [find_code(file, name) for file, names in CODE.items() for name in names.split()]
+    methods = {one["name"]: one for one in code}
+    code = {name if name.endswith(".forward") else name.rpartition(".")[2]: one for name, one in methods.items()}
+    return {"configs": configs, "dials": dials, "lessons": lessons, "code": code}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -54,34 +63,20 @@ def read_lesson(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def dial(name: str) -> dict[str, Any]:
-    """Return the help line of an option, and the values that it takes."""
-    kind, help = (
-        option_types(TrainConfig)[name],
-        next(f for f in fields(TrainConfig) if f.name == name).metadata["help"],
-    )
-    choices = list(get_args(kind)) if get_origin(kind) is Literal else None
-    return {"name": name, "help": help, "kind": "choice" if choices else kind.__name__, "choices": choices}
-
-
 def find_code(file: str, name: str) -> dict[str, Any]:
     """Return the source of a function, and its line. name: the function's, or Class.function."""
     source = (ROOT / file).read_text(encoding="utf-8")
-    nodes = {node.name: node for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-    for outer in [node for node in nodes.values() if isinstance(node, ast.ClassDef)]:
-        nodes |= {f"{outer.name}.{node.name}": node for node in outer.body if isinstance(node, ast.FunctionDef)}
-    whole = next(key for key in nodes if key == name or key.endswith(f".{name}"))
-    lines = source.splitlines()[nodes[whole].lineno - 1 : nodes[whole].end_lineno]
-    return {"name": whole, "file": file, "line": nodes[whole].lineno, "source": textwrap.dedent("\n".join(lines))}
+    node: Any = ast.parse(source)
+    for part in name.split("."):
+        node = next(child for child in node.body if getattr(child, "name", None) == part)
+    text = textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "")
+    return {"name": name, "file": file, "line": node.lineno, "source": text}
 
 
 def write_config(name: str, options: dict[str, Any]) -> str:
-    """Return a config file that trains a run again, with the options that differ from the defaults."""
-    name = re.sub(r"[^\w./ -]", "_", name)
-    defaults = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    """Return a config file that trains the run `name` again, with the options that differ from the defaults."""
     stem = re.sub(r"\W", "_", Path(name).name)
-    lines = [f'"""The options of the run {name}.\n\n    python train.py {stem}.py\n"""\n']
-    for key, value in ({"out_dir": f"out/{stem}"} | options | {"out_dir": f"out/{stem}"}).items():
-        if value != defaults[key] and key not in ("init_from", "overwrite", "page"):
-            lines.append(f"{key} = {value!r}")
-    return "\n".join(lines) + "\n"
+    options = options | {"out_dir": f"out/{stem}"}
+    own = (key for key in options if options[key] != getattr(TrainConfig, key))
+    lines = [f"{key} = {options[key]!r}\n" for key in own if key not in ("init_from", "overwrite", "page")]
+    return f'"""The options of the run {stem}.\n\n    python train.py {stem}.py\n"""\n\n' + "".join(lines)

@@ -7,16 +7,15 @@ another user of the machine can ask. Nothing that the page sends is used as a pa
 One request computes at a time, and beside it one looks after the runs, so that a long sample delays no curve.
 """
 
-from __future__ import annotations
-
 import asyncio
+import itertools
 import json
 import os
 import secrets
 import socket
-import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from quill.cli import one_line
 from quill.errors import UserError
 from quill.play.contents import read_contents, write_config
-from quill.play.fields import Fields, parse, read
 from quill.play.runs import Runs, UnknownRun
-from quill.play.views import Views
+from quill.play.views import Fields, Views, read_fields
 
-HEADERS = {
+HEADERS = {  # of every answer
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
@@ -44,90 +43,78 @@ HEADERS = {
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 LIMIT, LIMIT_WITH_TEXT = 2**16, 2**22  # bytes of a request
-LOOK, ALIVE = 0.25, 10.0  # seconds between looks at a run, and between signs of life in a stream
 
 
-def make_server(listening: socket.socket, runs: Runs, selected: str, config: str | None) -> tuple[Server, str]:
+def make_server(listening: socket.socket, runs: Runs, selected: str, config: str | None) -> tuple[uvicorn.Server, str]:
     """Make the server of a socket. → the server, and the address of the page, which holds the token
 
     selected, config: the run and the config that the page opens with.
     """
     torch.set_num_threads(1)  # the other cores belong to training
     port, token = listening.getsockname()[1], secrets.token_urlsafe()
-    app = Starlette(routes=Pages(runs, selected, config).routes())
+    handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect, Exception), explain)
+    app = Starlette(routes=Pages(runs, selected, config).routes(), exception_handlers=handlers)
     app.router.redirect_slashes = False
-    for kind in (HTTPException, UserError, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, explain)
-    settings: Any = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "proxy_headers": False}
-    settings |= {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
-    guard = Guard(app, {f"127.0.0.1:{port}", f"localhost:{port}"}, token)
-    return Server(uvicorn.Config(guard, **settings)), f"http://127.0.0.1:{port}/?token={token}"
+    server = uvicorn.Server(
+        uvicorn.Config(
+            guard(app, {f"{host}:{port}".removesuffix(":80") for host in ("127.0.0.1", "localhost")}, token),
+            headers=list(HEADERS.items()),
+            server_header=False,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+        )
+    )
+    server.handle_exit = lambda sig, frame: os._exit(128 + sig)  # at once, although pages listen to events
+    return server, f"http://127.0.0.1:{port}/?token={token}"
 
 
-class Server(uvicorn.Server):
-    """A server that a signal ends at once, although pages listen to events. It has nothing to save."""
+def guard(app: Callable, hosts: set[str], token: str) -> Callable:
+    """Return `app`, which only the page can ask: from its own address, and with the token unless for a static file."""
 
-    def handle_exit(self, sig: int, frame: Any) -> None:  # noqa: D102
-        os._exit(128 + sig)
+    async def guarded(scope: Any, receive: Callable, send: Callable) -> None:
+        request, problem = Request(scope), ""
+        host, given = request.headers.get("host", ""), request.headers.get("x-quill-token")
+        given = (given or request.query_params.get("token", "")).encode()
+        if host not in hosts or request.headers.get("origin", host).removeprefix("http://") not in hosts:
+            problem = "this server answers its own page, at 127.0.0.1 and localhost only"
+        elif not request.url.path.startswith("/static/") and not secrets.compare_digest(given, token.encode()):
+            problem = "the token is missing or old: open the address that play.py has printed"
+        refusal = PlainTextResponse(f"{problem}\n", 403) if request.url.path == "/" else refuse(403, problem)
+        await (refusal if problem else app)(scope, receive, send)
 
-
-class Guard:
-    """Refuse requests that are not the page's own, and add HEADERS to every answer."""
-
-    def __init__(self, app: Callable, hosts: set[str], token: str):
-        self.app, self.hosts, self.token = app, hosts, token.encode()
-
-    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:  # noqa: D102
-        async def send_with_headers(message):
-            if message["type"] == "http.response.start":
-                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = message | {"headers": [*message["headers"], *added]}
-            await send(message)
-
-        problem, app = self.problem(Request(scope)), self.app
-        if problem:
-            app = PlainTextResponse(problem + "\n", 403) if scope["path"] == "/" else refusal(403, problem)
-        await app(scope, receive, send_with_headers)
-
-    def problem(self, request: Request) -> str:
-        """Return why a request is refused; "" if it is not."""
-        headers, path = request.headers, request.url.path
-        hosts = [host if ":" in host else f"{host}:80" for host in headers.getlist("host")]
-        if len(hosts) != 1 or hosts[0] not in self.hosts:
-            return "this server answers to 127.0.0.1 and localhost only"
-        if any(origin.removeprefix("http://") not in self.hosts for origin in headers.getlist("origin")):
-            return "this server answers its own page only"
-        token = headers.get("x-quill-token") or request.query_params.get("token", "")
-        if path.startswith("/static/") or secrets.compare_digest(token.encode(errors="replace"), self.token):
-            return ""
-        return "the token is missing or old: open the address that play.py has printed"
+    return guarded
 
 
 class Pages:
     """The server's addresses."""
 
     def __init__(self, runs: Runs, selected: str, config: str | None):
-        self.runs, self.views, self.opened_with = runs, Views(runs), {"selected": selected, "selected_config": config}
-        self.contents: dict[str, Any] = {}
+        self.runs, self.opened_with = runs, {"selected": selected, "selected_config": config}
         self.computing, self.looking = asyncio.Lock(), asyncio.Lock()
         self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
 
     def routes(self) -> list[Route]:
-        """Return the routes. Those of GET read their fields from the address, those of POST from JSON."""
-        get = {"setup": self.setup, "runs": lambda _: {"runs": self.runs.list()}, "run": self.run}
-        post = {"start": self.start, "control": self.control}
-        compute_get = {"network": self.views.network, "matrix": self.views.matrix}
-        compute_post = {"token": self.views.token, "score": self.views.score, "samples": self.views.samples}
-        routes = [Route(path, self.file) for path in ("/", "/static/{name:path}")]
-        routes += [Route("/api/events", self.events), Route("/api/config", self.config)]
-        for method, lock, functions in (
-            ("GET", self.looking, get),
-            ("POST", self.looking, post),
-            ("GET", self.computing, compute_get),
-            ("POST", self.computing, compute_post),
-        ):
-            routes += [answer(method, name, function, lock) for name, function in functions.items()]
-        return routes
+        """Return the routes. One request at a time holds each of the two locks."""
+        views, looking, computing = Views(self.runs), self.looking, self.computing
+        return [
+            Route("/", self.file),
+            Route("/static/{name:path}", self.file),
+            Route("/api/events", self.events),
+            answer("GET", "setup", looking, self.setup),
+            answer("GET", "runs", looking, lambda _: {"runs": self.runs.list()}),
+            answer("GET", "run", looking, lambda asked: self.runs.run(asked.name)),
+            answer("GET", "config", looking, self.config),
+            answer("POST", "start", looking, self.start),
+            answer("POST", "control", looking, self.control),
+            answer("GET", "network", computing, views.network),
+            answer("GET", "matrix", computing, views.matrix),
+            answer("POST", "token", computing, views.token),
+            answer("POST", "score", computing, views.score),
+            answer("POST", "samples", computing, views.samples),
+        ]
 
     async def file(self, request: Request) -> Response:
         """Send a file that was in STATIC when the server started."""
@@ -138,12 +125,11 @@ class Pages:
 
     def setup(self, asked: Fields) -> dict[str, Any]:
         """Return what the page reads first."""
-        self.contents = self.contents or read_contents()
-        return self.contents | self.opened_with | {"datasets": self.runs.datasets()}
+        return read_contents() | self.opened_with | {"datasets": self.runs.datasets()}
 
-    def run(self, asked: Fields) -> dict[str, Any]:
-        """Return the run object."""
-        return self.runs.run(asked.name)
+    def config(self, asked: Fields) -> str:
+        """Return a config file that trains a run again."""
+        return write_config(asked.name, self.runs.run(asked.name)["options"])
 
     def start(self, asked: Fields) -> dict[str, Any]:
         """Start a run. → its run object"""
@@ -155,43 +141,35 @@ class Pages:
         self.runs.control(asked.name, asked.action)
         return self.runs.run(asked.name)
 
-    async def config(self, request: Request) -> Response:
-        """Send a config file that trains a run again."""
-        run = await work(self.looking, self.run, read_query(request))
-        return PlainTextResponse(write_config(run["name"], run["options"]))
-
     async def events(self, request: Request) -> Response:
         """Send the run object now, and whenever it has changed, as Server-Sent Events."""
-        name = read_query(request).name
+        name = (await read_request(request)).name
         await work(self.looking, self.runs.signature, name)  # raises UnknownRun before the answer begins
         events = self.changes(name) if request.method == "GET" else ()
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def changes(self, name: str) -> AsyncIterator[str]:
         """Yield events, until the run is deleted or the reader goes away."""
-        last, quiet = None, 0.0
-        while True:
-            try:
+        last = None
+        with suppress(UserError):
+            for look in itertools.count():  # four times a second
                 signature = await work(self.looking, self.runs.signature, name)
-                run = None if (signature,) == last else await work(self.looking, self.runs.run, name)
-            except UserError:
-                return
-            if run is not None or quiet >= ALIVE:
-                yield ": alive\n\n" if run is None else f"data: {to_json(run)}\n\n"
-                last, quiet = (signature,), 0.0
-            await asyncio.sleep(LOOK)
-            quiet += LOOK
+                if signature != last:
+                    yield f"data: {to_json(await work(self.looking, self.runs.run, name))}\n\n"
+                elif look % 40 == 0:
+                    yield ": alive\n\n"
+                last = signature
+                await asyncio.sleep(0.25)
 
 
-def answer(method: str, name: str, function: Callable[[Fields], Any], lock: asyncio.Lock) -> Route:
-    """Make the route /api/`name`, which calls `function` with the fields of a request, and sends its JSON."""
+def answer(method: str, name: str, lock: asyncio.Lock, function: Callable[[Fields], Any]) -> Route:
+    """Make the route /api/`name`, which answers with what `function` makes of the fields: a text, or values as JSON."""
 
     async def endpoint(request: Request) -> Response:
-        if method == "GET":
-            asked = read_query(request)
-        else:
-            asked = read(parse(await read_body(request, LIMIT_WITH_TEXT if name == "start" else LIMIT)))
-        return Response(to_json(await work(lock, function, asked)), media_type="application/json")
+        values = await work(lock, function, await read_request(request))
+        if isinstance(values, str):
+            return PlainTextResponse(values)
+        return Response(to_json(values), media_type="application/json")
 
     return Route(f"/api/{name}", endpoint, methods=[method])
 
@@ -202,47 +180,39 @@ async def work(lock: asyncio.Lock, function: Callable, *args: Any) -> Any:
         return await asyncio.to_thread(function, *args)
 
 
-def read_query(request: Request) -> Fields:
-    """Read the fields of a GET."""
-    return read({key: value for key, value in request.query_params.items() if key != "token"})
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body of a POST of JSON. Raise an HTTPException if it is too long or of another type."""
+async def read_request(request: Request) -> Fields:
+    """Read the fields of a request: of a GET from the address, of a POST from its JSON."""
+    if request.method != "POST":
+        return read_fields({key: value for key, value in request.query_params.items() if key != "token"})
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "the request must be application/json")
-    body, size = bytearray(), 0
+    body, limit = b"", LIMIT_WITH_TEXT if request.url.path == "/api/start" else LIMIT
     async for part in request.stream():
-        size += len(part)
-        if size <= limit:
-            body += part
-        elif size > 16 * limit:  # until then it is read, because a browser sees no answer before it has sent all
-            break
-    if size > limit:
-        raise HTTPException(413, f"the request is longer than {limit // 1024:,} KiB")
-    return bytes(body)
+        body += part
+        if len(body) > limit:
+            raise HTTPException(413, f"the request is longer than {limit // 1024:,} KiB")
+    try:
+        values = json.loads(body, parse_constant=int)  # int fails for NaN and Infinity, which JSON does not have
+    except (ValueError, RecursionError):
+        raise UserError("the request is not JSON") from None
+    return read_fields(values)
 
 
 def to_json(values: Any) -> str:
-    """Make JSON of `values`, in ASCII. A number that is not finite becomes null."""
-    try:
-        return json.dumps(values, allow_nan=False)
-    except ValueError:
-        return json.dumps(json.loads(json.dumps(values), parse_constant=lambda name: None))
+    """Make JSON of `values`. A number that is not finite becomes null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None))
 
 
-def refusal(status: int, text: str) -> Response:
+def refuse(status: int, text: str) -> Response:
     """Make an answer with one line that says what is wrong."""
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    text = to_json({"error": line if len(line) <= 500 else f"{line[:499]}…"})
-    return Response(text, status, media_type="application/json")
+    return Response(to_json({"error": one_line(text)[:500]}), status, media_type="application/json")
 
 
 def explain(request: Request, error: Exception) -> Response:
     """Turn an exception into an answer. Of a bug of ours, the traceback is printed."""
     if isinstance(error, HTTPException):
-        return refusal(error.status_code, error.detail)
+        return refuse(error.status_code, error.detail)
     if isinstance(error, (UserError, ClientDisconnect)):
-        return refusal(404 if isinstance(error, UnknownRun) else 400, str(error))
-    traceback.print_exception(error, file=sys.stderr)
-    return refusal(500, f"a bug in quill ({type(error).__name__}): see the terminal")
+        return refuse(404 if isinstance(error, UnknownRun) else 400, str(error))
+    traceback.print_exception(error)
+    return refuse(500, f"a bug in quill ({type(error).__name__}): see the terminal")

@@ -1,15 +1,17 @@
-"""The numbers of the page's panels: the fields of a request in, plain values for JSON out.
+"""The fields of the page's requests in, the numbers of its panels out, as plain values for JSON.
 
 They are computed by the functions of sample.py in quill/trace.py, scoring.py and generation.py, in float32 on the CPU.
+The last checkpoints and contexts are kept, so that a new temperature needs no forward pass.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,14 +20,15 @@ from torch.nn import functional as F
 
 from model import GPT
 from quill import checkpoint, cpu, scoring
+from quill.cli import coerce, did_you_mean, option_types
 from quill.data.batches import derive_seed
 from quill.data.token_files import open_dataset
 from quill.data.tokenizers import Tokenizer, from_json
 from quill.errors import UserError
 from quill.generation import COLDEST, generate, probabilities
-from quill.play.fields import Fields
+from quill.options import Checked, option
 from quill.play.runs import Runs, UnknownRun
-from quill.trace import Inside, attention_steps, look_inside, rank
+from quill.trace import Trace, attention_steps, rank, trace
 
 SHOWN = 64  # rows and columns of a matrix, tokens of a context, likeliest tokens of a row
 MOST_CHOICES = 256  # tokens that may be drawn
@@ -35,13 +38,51 @@ MOST_TOKENS = 20_000_000  # in a dataset whose lines are compared with the sampl
 File = tuple[Path, int, int]  # a file, the time of its last change and its size: what a cache is keyed by
 
 
+@dataclass(frozen=True)
+class Fields(Checked, heading="A request"):
+    """Every field that a request may have. Each address reads its own."""
+
+    name: str = option("bundled", "a run, as /api/runs has it")
+    step: int | None = option(None, "a saved step; null for the newest weights", at_least=0)
+    matrix: str = option("", "the name of a parameter")
+    text: str | None = option(None, "to score, to trace, or to train on")
+    layer: int = option(0, "the layer whose attention is shown", at_least=0)
+    head: int = option(0, "the head whose attention is shown", at_least=0)
+    prompt: str = option("", "as for sample.py --start")
+    count: int = option(10, "number of samples", at_least=1, at_most=20)
+    max_new_tokens: int = option(200, "longest sample, in tokens", at_least=1, at_most=500)
+    temperature: float = option(1.0, "divides the logits; 0 always takes the likeliest token", at_least=0)
+    top_k: int | None = option(None, "draw from the k likeliest tokens", at_least=1)
+    top_p: float | None = option(None, "draw from the likeliest tokens with this sum", above=0, at_most=1)
+    seed: int = option(1337, "the same seed gives the same samples", at_least=0)
+    action: Literal["train", "pause", "step"] = option("train", "step: take one step, then wait")
+    config: str | None = option(None, "a config to start a run from, such as config/names.py")
+    run: str | None = option(None, "a run to start from, in place of a config")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "changes to the options"})
+    documents: Literal["none", "lines"] = option("none", "whether each line of the text is a document")
+    paused: bool = option(False, "the run waits before its first step")
+
+
+def read_fields(values: Any) -> Fields:
+    """Check the fields of a request; null is the default. Raise a UserError for a wrong name, type or value."""
+    if not isinstance(values, dict):
+        raise UserError("the request must be a JSON object")
+    kinds, given = option_types(Fields), {key: value for key, value in values.items() if value is not None}
+    for key, value in given.items():
+        if key not in kinds:
+            raise UserError(f"there is no field {key!r:.80}{did_you_mean(key, kinds)}")
+        if key != "options":
+            given[key] = coerce(value, kinds[key], "", key)
+        elif not isinstance(value, dict):
+            raise UserError("options takes an object")
+    return Fields(**given)
+
+
 class Views:
-    """The panels. The last checkpoints and contexts are kept, so that a new temperature needs no forward pass."""
+    """The panels of a model: each method answers the request of one address."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
-        self.open, self.lines = lru_cache(2)(open_checkpoint), lru_cache(2)(read_lines)
-        self.inside, self.attention = lru_cache(16)(self._inside), lru_cache(16)(self._attention)
 
     def file(self, asked: Fields) -> File:
         """Find the checkpoint of a run and a step. Raise UnknownRun if there is none."""
@@ -49,12 +90,11 @@ class Views:
 
     def network(self, asked: Fields) -> dict[str, Any]:
         """Return the parts of the model."""
-        model, *_ = self.open(self.file(asked))
-        return {"parts": list_parts(model)}
+        return {"parts": list_parts(open_checkpoint(self.file(asked))[0])}
 
     def matrix(self, asked: Fields) -> dict[str, Any]:
         """Return the values of a parameter, its gradient if the checkpoint has it, and their histograms."""
-        model, tokenizer, state = self.open(self.file(asked))
+        model, tokenizer, state = open_checkpoint(self.file(asked))
         value = dict(model.named_parameters()).get(asked.matrix)
         if value is None:
             raise UnknownRun(f"{asked.name} has no matrix {asked.matrix!r:.80}")
@@ -76,42 +116,36 @@ class Views:
 
     def token(self, asked: Fields) -> dict[str, Any]:
         """Return what sample.py --trace prints about the token after a text, with every token that may be drawn."""
-        file, text, temperature = self.file(asked), asked.text or "", asked.temperature
-        model, tokenizer, _ = self.open(file)
+        file, temperature = self.file(asked), asked.temperature
+        model, tokenizer, _ = open_checkpoint(file)
         shape, names = model.config, scoring.token_names(tokenizer)
         if shape.n_layer and (asked.layer >= shape.n_layer or asked.head >= shape.n_head):
             has = f"the model has {shape.n_layer} layers, {shape.n_head} heads"
             raise UserError(f"layer {asked.layer}, head {asked.head}: {has}")
-        inside = self.inside(file, text)
-        logits = torch.tensor([inside.logits])
-        if not logits.isfinite().all():
-            raise UserError("the model's logits are not finite: its training has diverged")
+        path, attention = compute(file, asked.text or "", asked.layer)
+        logits = torch.tensor([path.logits])
         probs = F.one_hot(logits.argmax(dim=-1), len(names)).float()  # at the temperature 0
         if temperature >= COLDEST:
             probs = probabilities(logits, temperature, asked.top_k, asked.top_p)
-        choices = rank(names, inside.logits, (probs[0] / probs.sum()).tolist(), temperature)
+        probs, choices = (probs[0] / probs.sum()).tolist(), []
+        for i, total in rank(path.logits, probs).items():
+            scaled = path.logits[i] / temperature if temperature else None
+            one = {"id": i, "token": names[i], "logit": path.logits[i], "scaled": scaled}
+            choices.append(one | {"probability": probs[i], "sum": total})
+        ids = path.ids[-SHOWN:]
         return {
-            "ids": inside.ids[-SHOWN:],
-            "tokens": [scoring.START if i == tokenizer.bos else names[i] for i in inside.ids[-SHOWN:]],
-            "vectors": inside.vectors,
-            "attention": self.attention(file, text, asked.layer, asked.head) if shape.n_layer else None,
+            "ids": ids,
+            "tokens": [scoring.START if i == tokenizer.bos else names[i] for i in ids],
+            "vectors": path.vectors,
+            "attention": {name: heads[asked.head].tolist() for name, heads in attention.items()} or None,
             "n_layer": shape.n_layer,
             "n_head": shape.n_head,
-            "choices": [asdict(choice) for choice in choices[:MOST_CHOICES]],
+            "choices": choices[:MOST_CHOICES],
         }
-
-    def _inside(self, file: File, text: str) -> Inside:
-        model, tokenizer, _ = self.open(file)
-        return look_inside(model, encode_prompt(tokenizer, text))[0]
-
-    def _attention(self, file: File, text: str, layer: int, head: int) -> dict[str, list[list[float]]]:
-        model, tokenizer, _ = self.open(file)
-        (steps,) = attention_steps(model, encode_prompt(tokenizer, text)[:, -model.config.block_size :], only=layer)
-        return {name: heads[head, -SHOWN:, -SHOWN:].tolist() for name, heads in steps.items()}
 
     def score(self, asked: Fields) -> dict[str, Any]:
         """Return the JSON of sample.py --score, with more of the likeliest tokens."""
-        (model, tokenizer, _), text = self.open(self.file(asked)), asked.text or ""
+        (model, tokenizer, _), text = open_checkpoint(self.file(asked)), asked.text or ""
         if not scoring.split_documents(text, tokenizer):
             raise UserError("there is no text to score")
         if len(text) > MOST_CHARACTERS:
@@ -121,15 +155,14 @@ class Views:
 
     def samples(self, asked: Fields) -> dict[str, Any]:
         """Draw the texts that sample.py draws. is_new: no line of the dataset; None where documents are not lines."""
-        model, tokenizer, state = self.open(self.file(asked))
+        model, tokenizer, state = open_checkpoint(self.file(asked))
         prompt = encode_prompt(tokenizer, asked.prompt).repeat(asked.count, 1)
         drawing = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
         drawing["generator"] = torch.Generator().manual_seed(derive_seed("sample", asked.seed))
         tokens = generate(model, prompt, asked.max_new_tokens, stop_token=tokenizer.bos, **drawing)
         lines, texts = None, []
-        if tokenizer.bos_is_newline:
-            meta = self.runs.data_dir / str(state["config"]["dataset"]) / "meta.json"
-            lines = self.lines(stamped(meta), tokenizer) if meta.is_file() else None
+        with suppress(OSError, ValueError, UserError):  # the dataset is not here
+            lines = read_lines(stamped(self.runs.data_dir / state["config"]["dataset"] / "meta.json"), tokenizer)
         for row in tokens[:, prompt.size(1) :].tolist():
             end = row.index(tokenizer.bos) if tokenizer.bos in row else None
             text = asked.prompt + tokenizer.decode(row[:end])
@@ -143,6 +176,7 @@ def stamped(path: Path) -> File:
     return path, info.st_mtime_ns, info.st_size
 
 
+@lru_cache(2)
 def open_checkpoint(file: File) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Read a checkpoint. → its model, its tokenizer and what it holds"""
     state = checkpoint.load(file[0])
@@ -151,13 +185,21 @@ def open_checkpoint(file: File) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     return cpu.speed_up(checkpoint.load_model(state)).eval(), from_json(state["tokenizer"]), state
 
 
+@lru_cache(16)
+def compute(file: File, text: str, layer: int) -> tuple[Trace, dict[str, torch.Tensor]]:
+    """Trace the token after a text, and a layer's steps to the attention weights {name: (H, T, T)}, if it has one."""
+    model, tokenizer, _ = open_checkpoint(file)
+    idx = encode_prompt(tokenizer, text)
+    steps = attention_steps(model, idx[:, -model.config.block_size :], only=layer)[0] if model.config.n_layer else {}
+    shown = {name: heads[:, -SHOWN:, -SHOWN:].clone() for name, heads in steps.items()}
+    return trace(model, idx, torch.Generator()), shown  # the token that it draws is not used
+
+
+@lru_cache(2)
 def read_lines(meta: File, tokenizer: Tokenizer) -> frozenset[str] | None:
-    """Return the documents of a dataset, which are lines; None if it is too large or has another tokenizer."""
-    try:
-        data = open_dataset(meta[0].parent.parent, meta[0].parent.name)
-    except UserError:
-        return None
-    if data.tokenizer != tokenizer or len(data.train) > MOST_TOKENS:
+    """Return the documents of a dataset; None if they are not lines, too many, or of another tokenizer."""
+    data = open_dataset(meta[0].parent.parent, meta[0].parent.name)
+    if not tokenizer.bos_is_newline or data.tokenizer != tokenizer or len(data.train) > MOST_TOKENS:
         return None
     return frozenset(tokenizer.decode(np.concatenate([data.train, data.val])).split("\n"))
 
@@ -168,26 +210,20 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> torch.Tensor:
 
 
 def list_parts(model: GPT) -> list[dict[str, Any]]:
-    """Return the modules of a model, with the shape of the weight and the number of all parameters, in its order."""
-    names, parts = {parameter: name for name, parameter in model.named_parameters()}, []
+    """Return the modules of a model and their biases, with the shape of the matrix and the number of all parameters."""
+    names, parts = {parameter: name for name, parameter in model.named_parameters()}, []  # tied weights have one name
     for name, module in model.named_modules():
         if name in ("", "transformer") or isinstance(module, (nn.Identity, nn.Dropout)):
             continue
-        size, depth = sum(p.numel() for p in module.parameters()), name.removeprefix("transformer.").count(".")
-        own = {f"{name}.{key}": parameter for key, parameter in module.named_parameters(recurse=False)}
-        for key, value in own.items() or [(name, None)]:
-            is_weight, matrix = not key.endswith(".bias"), None if value is None else names[value]
-            parts.append(
-                {
-                    "name": name if is_weight else key,
-                    "kind": type(module).__name__ if is_weight else "bias",
-                    "shape": [] if value is None else list(value.shape),
-                    "parameters": size if value is None or is_weight else value.numel(),
-                    "depth": depth if is_weight else depth + 1,
-                    "tied": matrix is not None and matrix != key,
-                    "matrix": matrix,
-                }
-            )
+        own = dict(module.named_parameters(recurse=False))
+        size = sum(parameter.numel() for parameter in module.parameters())
+        rows = [(name, type(module).__name__, own.get("weight"), size)]
+        rows += [(f"{name}.bias", "bias", bias, bias.numel()) for key, bias in own.items() if key == "bias"]
+        for part, kind, value, size in rows:
+            shape, depth = [] if value is None else list(value.shape), part.removeprefix("transformer.").count(".")
+            one = {"name": part, "kind": kind, "shape": shape, "parameters": size, "depth": depth}
+            matrix = None if value is None else names[value]
+            parts.append(one | {"tied": not (matrix or part).startswith(part), "matrix": matrix})
     return parts
 
 
