@@ -23,19 +23,14 @@ from quill.options import PlayConfig
 
 def open_socket(port: int) -> socket.socket:
     """Listen to a port of 127.0.0.1; 0 is any. Raise a UserError that names the next free one if it is taken."""
-    problem = ""
-    for number in range(port, 65536):
-        try:
-            listening = socket.create_server(("127.0.0.1", number))
-        except OSError as error:
-            problem = problem or os.strerror(error.errno or 0)
-            continue
-        if not problem:
-            return listening
-        listening.close()
-        problem += f"; --port={number} is free"
-        break
-    raise UserError(f"--port={port}: {problem}")
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        problem = f"--port={port}: {os.strerror(error.errno or 0)}"
+    for number in range(port + 1, 65536):
+        with suppress(OSError), socket.create_server(("127.0.0.1", number)):
+            raise UserError(f"{problem}; --port={number} is free")
+    raise UserError(problem)
 
 
 def find_run(out_dir: str) -> tuple[Path, str]:

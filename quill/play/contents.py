@@ -34,9 +34,10 @@ def read_contents() -> dict[str, Any]:
         kind = "choice" if choices else kinds[name].__name__
         dials.append({"name": name, "help": helps[name], "kind": kind, "choices": choices})
     lessons = [read_lesson(config) for config in configs if config["name"].startswith("config/ladder/")]
-    code = [find_code(file, name) for file, names in CODE.items() for name in names.split()]
-    methods = {one["name"]: one for one in code}
-    code = {name if name.endswith(".forward") else name.rpartition(".")[2]: one for name, one in methods.items()}
+    code = {}
+    for file, names in CODE.items():
+        for name in names.split():
+            code[name if name.endswith(".forward") else name.rpartition(".")[2]] = find_code(file, name)
     return {"configs": configs, "dials": dials, "lessons": lessons, "code": code}
 
 

@@ -52,21 +52,14 @@ def make_server(listening: socket.socket, runs: Runs, selected: str, config: str
     """
     torch.set_num_threads(1)  # the other cores belong to training
     port, token = listening.getsockname()[1], secrets.token_urlsafe()
+    hosts = {f"{host}:{port}".removesuffix(":80") for host in ("127.0.0.1", "localhost")}
+    routes = make_routes(runs, {"selected": selected, "selected_config": config})
     handlers = dict.fromkeys((HTTPException, UserError, ClientDisconnect, Exception), explain)
-    app = Starlette(routes=Pages(runs, selected, config).routes(), exception_handlers=handlers)
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    server = uvicorn.Server(
-        uvicorn.Config(
-            guard(app, {f"{host}:{port}".removesuffix(":80") for host in ("127.0.0.1", "localhost")}, token),
-            headers=list(HEADERS.items()),
-            server_header=False,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="critical",
-        )
-    )
+    settings: Any = {"http": "h11", "ws": "none", "lifespan": "off", "log_config": None, "log_level": "critical"}
+    settings |= {"headers": list(HEADERS.items()), "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(guard(app, hosts, token), **settings))
     server.handle_exit = lambda sig, frame: os._exit(128 + sig)  # at once, although pages listen to events
     return server, f"http://127.0.0.1:{port}/?token={token}"
 
@@ -88,78 +81,61 @@ def guard(app: Callable, hosts: set[str], token: str) -> Callable:
     return guarded
 
 
-class Pages:
-    """The server's addresses."""
+def make_routes(runs: Runs, opened_with: dict[str, Any]) -> list[Route]:
+    """Return the server's addresses. Of each of the two kinds, one request at a time is worked on."""
+    looking, computing, views = asyncio.Lock(), asyncio.Lock(), Views(runs)
+    files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
 
-    def __init__(self, runs: Runs, selected: str, config: str | None):
-        self.runs, self.opened_with = runs, {"selected": selected, "selected_config": config}
-        self.computing, self.looking = asyncio.Lock(), asyncio.Lock()
-        self.files = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
-
-    def routes(self) -> list[Route]:
-        """Return the routes. One request at a time holds each of the two locks."""
-        views, looking, computing = Views(self.runs), self.looking, self.computing
-        return [
-            Route("/", self.file),
-            Route("/static/{name:path}", self.file),
-            Route("/api/events", self.events),
-            answer("GET", "setup", looking, self.setup),
-            answer("GET", "runs", looking, lambda _: {"runs": self.runs.list()}),
-            answer("GET", "run", looking, lambda asked: self.runs.run(asked.name)),
-            answer("GET", "config", looking, self.config),
-            answer("POST", "start", looking, self.start),
-            answer("POST", "control", looking, self.control),
-            answer("GET", "network", computing, views.network),
-            answer("GET", "matrix", computing, views.matrix),
-            answer("POST", "token", computing, views.token),
-            answer("POST", "score", computing, views.score),
-            answer("POST", "samples", computing, views.samples),
-        ]
-
-    async def file(self, request: Request) -> Response:
-        """Send a file that was in STATIC when the server started."""
-        path = self.files.get(request.path_params.get("name", "index.html"))
+    async def file(request: Request) -> Response:
+        path = files.get(request.path_params.get("name", "index.html"))
         if path is None:
             raise HTTPException(404, "there is no such file")
         return FileResponse(path, media_type=TYPES.get(path.suffix, "text/plain"))
 
-    def setup(self, asked: Fields) -> dict[str, Any]:
-        """Return what the page reads first."""
-        return read_contents() | self.opened_with | {"datasets": self.runs.datasets()}
-
-    def config(self, asked: Fields) -> str:
-        """Return a config file that trains a run again."""
-        return write_config(asked.name, self.runs.run(asked.name)["options"])
-
-    def start(self, asked: Fields) -> dict[str, Any]:
-        """Start a run. → its run object"""
-        name = self.runs.start(asked.config, asked.run, asked.options, asked.text, asked.documents, asked.paused)
-        return self.runs.run(name)
-
-    def control(self, asked: Fields) -> dict[str, Any]:
-        """Let a run train, pause or take one step. → its run object"""
-        self.runs.control(asked.name, asked.action)
-        return self.runs.run(asked.name)
-
-    async def events(self, request: Request) -> Response:
-        """Send the run object now, and whenever it has changed, as Server-Sent Events."""
+    async def events(request: Request) -> Response:
         name = (await read_request(request)).name
-        await work(self.looking, self.runs.signature, name)  # raises UnknownRun before the answer begins
-        events = self.changes(name) if request.method == "GET" else ()
-        return StreamingResponse(events, media_type="text/event-stream")
+        await work(looking, runs.signature, name)  # raises UnknownRun before the answer begins
+        changes = watch(runs, name, looking) if request.method == "GET" else ()
+        return StreamingResponse(changes, media_type="text/event-stream")
 
-    async def changes(self, name: str) -> AsyncIterator[str]:
-        """Yield events, until the run is deleted or the reader goes away."""
-        last = None
-        with suppress(UserError):
-            for look in itertools.count():  # four times a second
-                signature = await work(self.looking, self.runs.signature, name)
-                if signature != last:
-                    yield f"data: {to_json(await work(self.looking, self.runs.run, name))}\n\n"
-                elif look % 40 == 0:
-                    yield ": alive\n\n"
-                last = signature
-                await asyncio.sleep(0.25)
+    def start(asked: Fields) -> dict[str, Any]:
+        name = runs.start(asked.config, asked.run, asked.options, asked.text, asked.documents, asked.paused)
+        return runs.run(name)
+
+    def control(asked: Fields) -> dict[str, Any]:
+        runs.control(asked.name, asked.action)
+        return runs.run(asked.name)
+
+    return [
+        Route("/", file),
+        Route("/static/{name:path}", file),
+        Route("/api/events", events),
+        answer("GET", "setup", looking, lambda _: read_contents() | opened_with | {"datasets": runs.datasets()}),
+        answer("GET", "runs", looking, lambda _: {"runs": runs.list()}),
+        answer("GET", "run", looking, lambda asked: runs.run(asked.name)),
+        answer("GET", "config", looking, lambda asked: write_config(asked.name, runs.run(asked.name)["options"])),
+        answer("POST", "start", looking, start),
+        answer("POST", "control", looking, control),
+        answer("GET", "network", computing, views.network),
+        answer("GET", "matrix", computing, views.matrix),
+        answer("POST", "token", computing, views.token),
+        answer("POST", "score", computing, views.score),
+        answer("POST", "samples", computing, views.samples),
+    ]
+
+
+async def watch(runs: Runs, name: str, lock: asyncio.Lock) -> AsyncIterator[str]:
+    """Yield the run object now, and whenever it has changed, as Server-Sent Events."""
+    last = None
+    with suppress(UserError):  # the run was deleted
+        for look in itertools.count():  # four times a second
+            signature = await work(lock, runs.signature, name)
+            if signature != last:
+                yield f"data: {to_json(await work(lock, runs.run, name))}\n\n"
+            elif look % 40 == 0:
+                yield ": alive\n\n"
+            last = signature
+            await asyncio.sleep(0.25)
 
 
 def answer(method: str, name: str, lock: asyncio.Lock, function: Callable[[Fields], Any]) -> Route:

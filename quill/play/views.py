@@ -35,7 +35,6 @@ MOST_CHOICES = 256  # tokens that may be drawn
 MOST_CHARACTERS = 2000  # of a text that is scored: a row for each
 BINS = 40  # of a histogram
 MOST_TOKENS = 20_000_000  # in a dataset whose lines are compared with the samples
-File = tuple[Path, int, int]  # a file, the time of its last change and its size: what a cache is keyed by
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Fields(Checked, heading="A request"):
     action: Literal["train", "pause", "step"] = option("train", "step: take one step, then wait")
     config: str | None = option(None, "a config to start a run from, such as config/names.py")
     run: str | None = option(None, "a run to start from, in place of a config")
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "changes to the options"})
+    options: dict[str, Any] = field(default_factory=dict)  # changes to those of the config
     documents: Literal["none", "lines"] = option("none", "whether each line of the text is a document")
     paused: bool = option(False, "the run waits before its first step")
 
@@ -84,17 +83,31 @@ class Views:
     def __init__(self, runs: Runs):
         self.runs = runs
 
-    def file(self, asked: Fields) -> File:
-        """Find the checkpoint of a run and a step. Raise UnknownRun if there is none."""
-        return stamped(self.runs.weights(asked.name, asked.step))
+    def open(self, asked: Fields) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+        """Return the model of a run and a step, its tokenizer and its checkpoint. Raise UnknownRun if there is none."""
+        return open_checkpoint(*stamped(self.runs.weights(asked.name, asked.step)))
 
     def network(self, asked: Fields) -> dict[str, Any]:
-        """Return the parts of the model."""
-        return {"parts": list_parts(open_checkpoint(self.file(asked))[0])}
+        """Return the model's modules, then their biases, with the shape of the matrix and the number of parameters."""
+        model, *_ = self.open(asked)
+        names, parts = {value: name for name, value in model.named_parameters()}, []  # tied weights have one name
+        for name, module in model.named_modules():
+            if name in ("", "transformer") or isinstance(module, (nn.Identity, nn.Dropout)):
+                continue
+            own, size = dict(module.named_parameters(recurse=False)), sum(p.numel() for p in module.parameters())
+            rows = [(name, type(module).__name__, own.get("weight"), size)]
+            if "bias" in own:
+                rows.append((f"{name}.bias", "bias", own["bias"], own["bias"].numel()))
+            for part, kind, value, size in rows:
+                shape, depth = [] if value is None else list(value.shape), part.removeprefix("transformer.").count(".")
+                one = {"name": part, "kind": kind, "shape": shape, "parameters": size, "depth": depth}
+                matrix = None if value is None else names[value]
+                parts.append(one | {"tied": not (matrix or part).startswith(part), "matrix": matrix})
+        return {"parts": parts}
 
     def matrix(self, asked: Fields) -> dict[str, Any]:
         """Return the values of a parameter, its gradient if the checkpoint has it, and their histograms."""
-        model, tokenizer, state = open_checkpoint(self.file(asked))
+        model, tokenizer, state = self.open(asked)
         value = dict(model.named_parameters()).get(asked.matrix)
         if value is None:
             raise UnknownRun(f"{asked.name} has no matrix {asked.matrix!r:.80}")
@@ -116,13 +129,12 @@ class Views:
 
     def token(self, asked: Fields) -> dict[str, Any]:
         """Return what sample.py --trace prints about the token after a text, with every token that may be drawn."""
-        file, temperature = self.file(asked), asked.temperature
-        model, tokenizer, _ = open_checkpoint(file)
+        (model, tokenizer, _), temperature = self.open(asked), asked.temperature
         shape, names = model.config, scoring.token_names(tokenizer)
         if shape.n_layer and (asked.layer >= shape.n_layer or asked.head >= shape.n_head):
             has = f"the model has {shape.n_layer} layers, {shape.n_head} heads"
             raise UserError(f"layer {asked.layer}, head {asked.head}: {has}")
-        path, attention = compute(file, asked.text or "", asked.layer)
+        path, attention = trace_text(model, tokenizer, asked.text or "", asked.layer)
         logits = torch.tensor([path.logits])
         probs = F.one_hot(logits.argmax(dim=-1), len(names)).float()  # at the temperature 0
         if temperature >= COLDEST:
@@ -145,7 +157,7 @@ class Views:
 
     def score(self, asked: Fields) -> dict[str, Any]:
         """Return the JSON of sample.py --score, with more of the likeliest tokens."""
-        (model, tokenizer, _), text = open_checkpoint(self.file(asked)), asked.text or ""
+        (model, tokenizer, _), text = self.open(asked), asked.text or ""
         if not scoring.split_documents(text, tokenizer):
             raise UserError("there is no text to score")
         if len(text) > MOST_CHARACTERS:
@@ -155,14 +167,15 @@ class Views:
 
     def samples(self, asked: Fields) -> dict[str, Any]:
         """Draw the texts that sample.py draws. is_new: no line of the dataset; None where documents are not lines."""
-        model, tokenizer, state = open_checkpoint(self.file(asked))
+        model, tokenizer, state = self.open(asked)
         prompt = encode_prompt(tokenizer, asked.prompt).repeat(asked.count, 1)
         drawing = {"temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
         drawing["generator"] = torch.Generator().manual_seed(derive_seed("sample", asked.seed))
         tokens = generate(model, prompt, asked.max_new_tokens, stop_token=tokenizer.bos, **drawing)
         lines, texts = None, []
         with suppress(OSError, ValueError, UserError):  # the dataset is not here
-            lines = read_lines(stamped(self.runs.data_dir / state["config"]["dataset"] / "meta.json"), tokenizer)
+            meta = self.runs.data_dir / state["config"]["dataset"] / "meta.json"
+            lines = read_lines(tokenizer, *stamped(meta))
         for row in tokens[:, prompt.size(1) :].tolist():
             end = row.index(tokenizer.bos) if tokenizer.bos in row else None
             text = asked.prompt + tokenizer.decode(row[:end])
@@ -170,35 +183,35 @@ class Views:
         return {"texts": texts}
 
 
-def stamped(path: Path) -> File:
-    """Return the key of a file in a cache."""
+def stamped(path: Path) -> tuple[Path, int, int]:
+    """Return a file, the time of its last change and its size, by which a cache knows what it has read."""
     info = path.stat()
     return path, info.st_mtime_ns, info.st_size
 
 
 @lru_cache(2)
-def open_checkpoint(file: File) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+def open_checkpoint(path: Path, *stamp: int) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Read a checkpoint. → its model, its tokenizer and what it holds"""
-    state = checkpoint.load(file[0])
+    state = checkpoint.load(path)
     if state["tokenizer"] is None:
-        raise UserError(f"{file[0]}: has no tokenizer; sample.py can sample from it")
+        raise UserError(f"{path}: has no tokenizer; sample.py can sample from it")
     return cpu.speed_up(checkpoint.load_model(state)).eval(), from_json(state["tokenizer"]), state
 
 
-@lru_cache(16)
-def compute(file: File, text: str, layer: int) -> tuple[Trace, dict[str, torch.Tensor]]:
-    """Trace the token after a text, and a layer's steps to the attention weights {name: (H, T, T)}, if it has one."""
-    model, tokenizer, _ = open_checkpoint(file)
-    idx = encode_prompt(tokenizer, text)
-    steps = attention_steps(model, idx[:, -model.config.block_size :], only=layer)[0] if model.config.n_layer else {}
+@lru_cache(2)
+def trace_text(model: GPT, tokenizer: Tokenizer, text: str, layer: int) -> tuple[Trace, dict[str, torch.Tensor]]:
+    """Trace the token after a text. The steps to the attention weights of a layer, if it has any, are (H, T, T)."""
+    idx, steps = encode_prompt(tokenizer, text), {}
+    if model.config.n_layer:
+        (steps,) = attention_steps(model, idx[:, -model.config.block_size :], only=layer)
     shown = {name: heads[:, -SHOWN:, -SHOWN:].clone() for name, heads in steps.items()}
     return trace(model, idx, torch.Generator()), shown  # the token that it draws is not used
 
 
 @lru_cache(2)
-def read_lines(meta: File, tokenizer: Tokenizer) -> frozenset[str] | None:
+def read_lines(tokenizer: Tokenizer, meta: Path, *stamp: int) -> frozenset[str] | None:
     """Return the documents of a dataset; None if they are not lines, too many, or of another tokenizer."""
-    data = open_dataset(meta[0].parent.parent, meta[0].parent.name)
+    data = open_dataset(meta.parent.parent, meta.parent.name)
     if not tokenizer.bos_is_newline or data.tokenizer != tokenizer or len(data.train) > MOST_TOKENS:
         return None
     return frozenset(tokenizer.decode(np.concatenate([data.train, data.val])).split("\n"))
@@ -207,24 +220,6 @@ def read_lines(meta: File, tokenizer: Tokenizer) -> frozenset[str] | None:
 def encode_prompt(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     """Return the ids of a prompt (1, T)."""
     return torch.from_numpy(tokenizer.prompt(text)).long()[None]
-
-
-def list_parts(model: GPT) -> list[dict[str, Any]]:
-    """Return the modules of a model and their biases, with the shape of the matrix and the number of all parameters."""
-    names, parts = {parameter: name for name, parameter in model.named_parameters()}, []  # tied weights have one name
-    for name, module in model.named_modules():
-        if name in ("", "transformer") or isinstance(module, (nn.Identity, nn.Dropout)):
-            continue
-        own = dict(module.named_parameters(recurse=False))
-        size = sum(parameter.numel() for parameter in module.parameters())
-        rows = [(name, type(module).__name__, own.get("weight"), size)]
-        rows += [(f"{name}.bias", "bias", bias, bias.numel()) for key, bias in own.items() if key == "bias"]
-        for part, kind, value, size in rows:
-            shape, depth = [] if value is None else list(value.shape), part.removeprefix("transformer.").count(".")
-            one = {"name": part, "kind": kind, "shape": shape, "parameters": size, "depth": depth}
-            matrix = None if value is None else names[value]
-            parts.append(one | {"tied": not (matrix or part).startswith(part), "matrix": matrix})
-    return parts
 
 
 def shrink(value: torch.Tensor) -> list[list[float]]:
