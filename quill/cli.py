@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,17 +155,17 @@ def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Pat
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
-    base = names.pop("base", None)
+    base, lines = names.pop("base", None), _line_numbers(path)
     values = {} if base is None else _read_base(base, path, schema, (*readers, path.resolve()))
     for key, value in sorted(names.items(), key=lambda item: item[0] in NANOGPT_OPTIONS.get(schema, {})):
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
-        values.update(resolve_option(key, value, schema, f"{path}, line {_line_of(key, path)}: "))
+        values.update(resolve_option(key, value, schema, f"{path}, line {lines.get(key, '?')}: "))
     return values
 
 
 def _read_base(base, path, schema, readers):
-    where = f"{path}, line {_line_of('base', path)}: base"
+    where = f"{path}, line {_line_numbers(path).get('base', '?')}: base"
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UserError(f"{where} is {_as_text(base, repr)}; name a config file in the same folder")
     if (path.parent / base).resolve() in readers or len(readers) > 20:
@@ -251,6 +252,7 @@ def _convert(value, kind):
     raise ValueError
 
 
+@cache
 def option_types(schema: Any) -> dict[str, Any]:
     """Return the type of every option of the dataclass `schema`, by name."""
     hints = typing.get_type_hints(schema)
@@ -302,11 +304,8 @@ def describe_default(schema: type[Checked], key: str) -> str:
     return "" if default is None else str(default)
 
 
-def _line_of(key: str, path: Path) -> int | str:
-    """Return the number of the line on which a config file last assigns `key`; "?" if none does so by name."""
-    lines = [
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_bytes()))  # bytes, because the file may name its encoding
-        if isinstance(node, ast.Name) and node.id == key and isinstance(node.ctx, ast.Store)
-    ]
-    return max(lines, default="?")
+def _line_numbers(path: Path) -> dict[str, int]:
+    """Return the number of the line on which a config file last assigns each name."""
+    nodes = ast.walk(ast.parse(path.read_bytes()))  # bytes, because the file may name its encoding
+    found = ((n.lineno, n.id) for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    return {name: line for line, name in sorted(found)}

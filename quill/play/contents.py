@@ -70,8 +70,8 @@ def find_code(file: str, name: str) -> dict[str, Any]:
     node: Any = ast.parse(source)
     for part in name.split("."):
         node = next(child for child in node.body if getattr(child, "name", None) == part)
-    text = textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "")
-    return {"name": name, "file": file, "line": node.lineno, "source": text}
+    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+    return {"name": name, "file": file, "line": node.lineno, "source": textwrap.dedent("\n".join(lines))}
 
 
 def write_config(name: str, options: dict[str, Any]) -> str:

@@ -78,7 +78,7 @@ def read_fields(values: Any) -> Fields:
 
 
 class Views:
-    """The panels of a model: each method answers the request of one address."""
+    """The panels: each method answers the requests of one address."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
@@ -174,8 +174,8 @@ class Views:
         tokens = generate(model, prompt, asked.max_new_tokens, stop_token=tokenizer.bos, **drawing)
         lines, texts = None, []
         with suppress(OSError, ValueError, UserError):  # the dataset is not here
-            meta = self.runs.data_dir / state["config"]["dataset"] / "meta.json"
-            lines = read_lines(tokenizer, *stamped(meta))
+            folder = self.runs.data_dir / str(state["config"].get("dataset"))
+            lines = read_lines(tokenizer, *stamped(folder / "meta.json")) if tokenizer.bos_is_newline else None
         for row in tokens[:, prompt.size(1) :].tolist():
             end = row.index(tokenizer.bos) if tokenizer.bos in row else None
             text = asked.prompt + tokenizer.decode(row[:end])
@@ -210,9 +210,9 @@ def trace_text(model: GPT, tokenizer: Tokenizer, text: str, layer: int) -> tuple
 
 @lru_cache(2)
 def read_lines(tokenizer: Tokenizer, meta: Path, *stamp: int) -> frozenset[str] | None:
-    """Return the documents of a dataset; None if they are not lines, too many, or of another tokenizer."""
+    """Return the documents of a dataset, which are lines; None if it is too large or has another tokenizer."""
     data = open_dataset(meta.parent.parent, meta.parent.name)
-    if not tokenizer.bos_is_newline or data.tokenizer != tokenizer or len(data.train) > MOST_TOKENS:
+    if data.tokenizer != tokenizer or len(data.train) > MOST_TOKENS:
         return None
     return frozenset(tokenizer.decode(np.concatenate([data.train, data.val])).split("\n"))
 
