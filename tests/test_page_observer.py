@@ -122,9 +122,16 @@ def test_weights_are_bitwise_the_same_with_the_page_and_after_a_stop(flags, tmp_
 # ---------------------------------------------------------------- waiting
 
 
-def test_a_run_waits_at_step_0_takes_single_steps_and_ends_where_it_waits(flags, tmp_path, capsys):
-    folder, latencies = tmp_path / "run", []
+def test_a_run_waits_at_step_0_takes_single_steps_and_ends_where_it_waits(flags, tmp_path, monkeypatch, capsys):
+    folder, latencies, waited, wait = tmp_path / "run", [], [], page.Page._wait
     control(folder, 0)
+
+    def timed(self, stop):
+        began = time.perf_counter()
+        wait(self, stop)
+        waited.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(page.Page, "_wait", timed)
 
     def click():
         wait_for(folder, "waiting", 0)
@@ -138,12 +145,14 @@ def test_a_run_waits_at_step_0_takes_single_steps_and_ends_where_it_waits(flags,
         os.kill(os.getpid(), signal.SIGTERM)
 
     join = beside(click)
+    began = time.perf_counter()
     assert train.main(flags(page=True, eval_interval=1000)) == 128 + signal.SIGTERM
+    seconds = time.perf_counter() - began
     join()
     assert sorted(latencies)[10] < 0.5  # the median; the start of a process takes seconds
     saved = checkpoint.load(folder / "last.pt")
     assert saved["step"] == 20 and len(saved["losses"]) == 20
-    assert saved["seconds"] < 0.3  # the time of 20 steps: waiting is not training
+    assert sum(waited) > 0.3 and saved["seconds"] + sum(waited) < seconds  # waiting is not training
     assert "stopped by SIGTERM at step 20" in capsys.readouterr().out
 
 
