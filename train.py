@@ -113,13 +113,14 @@ def train(
     state: TrainState, data: Splits, config: TrainConfig, machine: Machine, observers: Observers, stop: StopSignals
 ) -> int:
     """Train until max_iters, patience or a signal ends the run. → exit code"""
-    progress, group = state.progress, machine.group
+    progress, group, evaluating = state.progress, machine.group, False
     while progress.step < config.max_iters:
         observers.before_step(stop)
         if stopped_by := stop.agreed(group):
             if state.pending:
                 observers.log(*state.read_losses())
-            group.on_rank_0(save, state, False)
+            if not evaluating:  # else the step has been saved
+                group.on_rank_0(save, state, False)
             name = signal.Signals(stopped_by).name
             observers.say(f"stopped by {name} at step {progress.step}; continue with --init_from=resume")
             return 128 + stopped_by

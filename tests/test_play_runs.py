@@ -69,10 +69,10 @@ def holder(tmp_path):
 
 
 def test_a_run_with_its_files_and_one_without(made, flags, tmp_path):
-    assert made.names() == made.list() == []
+    assert made.names() == ["bundled"]
     assert train.main(flags(out_dir=tmp_path / "out" / "a" / "b", page=True)) == 0
     assert train.main(flags(out_dir=tmp_path / "out" / "c", n_layer=1)) == 0
-    assert made.names() == ["c", "a/b"]
+    assert made.names() == ["bundled", "c", "a/b"]
     with_page, without = made.run("a/b"), made.run("c")
     for run in (with_page, without):
         assert (run["status"], run["step"], run["max_iters"]) == ("finished", 40, 40)
@@ -83,7 +83,8 @@ def test_a_run_with_its_files_and_one_without(made, flags, tmp_path):
         assert run["baselines"].keys() == {"die", "unigram", "bigram"}
         json.dumps(run, allow_nan=False)
     assert with_page.keys() == without.keys()
-    assert len(with_page["curve"]["step"]) == 40 and without["curve"]["step"] == []
+    assert len(with_page["curve"]["step"]) == 40 and not without["curve"]["step"]
+    assert (with_page["weights_step"], without["weights_step"]) == (40, None)
     assert with_page["snapshots"] == [*range(41)] and without["snapshots"] == []
     saved = checkpoint.load(made.weights("c"))
     assert without["parameters"] == checkpoint.load_model(saved).num_params()
@@ -91,15 +92,10 @@ def test_a_run_with_its_files_and_one_without(made, flags, tmp_path):
     assert made.weights("a/b", 7).name == "step-000007.pt"
     with pytest.raises(UnknownRun, match="step 99"):
         made.weights("a/b", 99)
-    row = {
-        "name": "c",
-        "title": "c",
-        "status": "finished",
-        "step": 40,
-        "max_iters": 40,
-        "val_loss": without["val_loss"],
-    }
-    assert made.list()[0] == row
+    row = {"name": "c", "title": "c", "status": "finished", "step": 40, "max_iters": 40}
+    bundled, listed, _ = made.list()
+    assert listed == row | {"val_loss": without["val_loss"]}
+    assert bundled["val_loss"] == pytest.approx(checkpoint.load(runs.BUNDLED)["best_val_loss"])
     before = made.signature("a/b")
     assert made.signature("a/b") == before
     write_state(tmp_path / "out" / "a" / "b")
@@ -108,7 +104,8 @@ def test_a_run_with_its_files_and_one_without(made, flags, tmp_path):
 
 def test_documents_are_counted(made, flags, tmp_path):
     assert train.main(flags(out_dir=tmp_path / "out" / "c", dataset="words", max_iters=1)) == 0
-    assert made.run("c")["documents"] == 600
+    run = made.run("c")
+    assert (run["documents"], run["tokens_are_lines"]) == (600, True)
 
 
 @pytest.mark.parametrize("damage", ["text", "folder", "link", "format", "checkpoint"])
@@ -123,13 +120,13 @@ def test_damaged_files_count_as_absent(made, flags, tmp_path, damage):
     elif damage == "checkpoint":
         for file in ("last.pt", "best.pt", "page/live.pt"):
             (folder / file).write_bytes(b"PK\3\4")
-        (folder / "metrics.csv").write_bytes(b"\xff,step\n,1\n")
+        (folder / "metrics.csv").write_bytes(b"\xff,step\n,1\n\0,2,3")
         path.unlink()
     else:
         path.unlink()
         path.mkdir() if damage == "folder" else path.symlink_to("/etc/passwd")
     run = made.run("c")
-    assert run["curve"]["step"] == [] and run["status"] in ("finished", "paused")
+    assert not run["curve"]["step"] and run["status"] in ("finished", "paused")
     assert run["step"] == (0 if damage == "checkpoint" else 2)
 
 
@@ -159,7 +156,7 @@ def test_names_that_are_not_listed_are_unknown(made, tmp_path, name):
     for call in (made.run, made.weights, made.signature, lambda name: made.control(name, "train")):
         with pytest.raises(UnknownRun):
             call(name)
-    assert made.names() == ["c"]
+    assert made.names() == ["bundled", "c"]
 
 
 def test_a_hostile_folder_is_listed_in_bounded_time(made, tmp_path):
@@ -174,7 +171,7 @@ def test_a_hostile_folder_is_listed_in_bounded_time(made, tmp_path):
     os.mkfifo(out / "last.pt")
     write_state(out / "0" / "0", note="x" * 1000)
     began = time.monotonic()
-    assert len(made.names()) <= 1
+    assert len(made.names()) <= 2
     assert time.monotonic() - began < 3
 
 
@@ -221,10 +218,10 @@ def test_a_started_process_inherits_nothing_and_is_reaped(made, tmp_path, monkey
     log = str((made.out_dir / name / "page" / "log.txt").resolve())
     assert [file for file in files if not file.startswith("/proc/")] == sorted(["/dev/null", log])
     assert leads_session
-    assert arguments == [
-        "config/microgpt.py", "--dataset=words", "--max_iters=7", "--attention_dropout=", "--init_from=auto",
-        f"--out_dir={made.out_dir / name}", f"--data_dir={made.data_dir}", "--page=True",
+    assert arguments[-4:] == [
+        "--init_from=auto", f"--out_dir={made.out_dir / name}", f"--data_dir={made.data_dir}", "--page=True"
     ]  # fmt: skip
+    assert {"--dataset=words", "--max_iters=7", "--n_embd=16"} < {*arguments}
     assert name == "play/microgpt-1"
     assert made.run(name)["options"]["max_iters"] == 7 and made.run(name)["status"] == "paused"
     assert made.start(run=name, options={"seed": 3}) == "play/microgpt-2"
@@ -234,8 +231,7 @@ def test_a_started_process_inherits_nothing_and_is_reaped(made, tmp_path, monkey
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        ({}, "either a config or a run"),
-        ({"config": "config/names.py", "run": "c"}, "either a config or a run"),
+        ({}, "there is no run ''"),
         ({"config": "/etc/passwd"}, "there is no config '/etc/passwd'"),
         ({"config": "config/../train.py"}, "there is no config"),
         ({"run": "nothing"}, "there is no run"),
@@ -252,7 +248,6 @@ def test_a_started_process_inherits_nothing_and_is_reaped(made, tmp_path, monkey
             "the text: has one token, but train and val need at least one each",
         ),
         ({"config": "config/names.py", "text": ""}, "the text: there is no text in it"),
-        ({"config": "config/names.py", "text": "anna\n", "documents": "jsonl:x"}, "documents is none or lines"),
     ],
 )
 def test_a_wrong_start_is_one_line_and_starts_nothing(made, tmp_path, arguments, problem):
@@ -260,7 +255,7 @@ def test_a_wrong_start_is_one_line_and_starts_nothing(made, tmp_path, arguments,
     with pytest.raises(UserError, match=problem) as error:
         made.start(**arguments)
     assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
-    assert made.processes == {} and made.names() == []
+    assert made.processes == {} and made.names() == ["bundled"]
     assert not (tmp_path / "data").exists() or not [*(tmp_path / "data").iterdir()]
 
 
@@ -275,19 +270,11 @@ def test_a_pasted_text_becomes_a_dataset(made, tmp_path, monkeypatch, write, doc
     assert (made.run(name)["documents"] is None) is not kind
 
 
-def test_a_text_that_takes_too_long_is_given_up(made, tmp_path, monkeypatch, write):
-    monkeypatch.setattr(runs, "PREPARE", write("import time; time.sleep(30)", "slow.py"))
-    monkeypatch.setattr(runs, "PREPARING", 0.2)
-    with pytest.raises(UserError, match="more than"):
-        made.start("config/names.py", text="anna\n" * 50)
-
-
 @pytest.mark.parametrize(
     "command",
     [
-        "", "[]", "{", '{"config": "/tmp/evil.py", "options": {}}', '{"config": null, "options": {"init_from": "x"}}',
-        '{"config": "config/names.py", "options": {"n_head": 3}}', '{"config": ["x"], "options": {}}',
-        '{"config": "config/names.py", "options": "x"}', '{"config": "config/names.py", "options": {"data_dir": "/"}}',
+        "", "[]", "{", "null", "[" * 100_000, '{"config": "/tmp/evil.py"}', '{"init_from": "x"}', '{"data_dir": "/"}',
+        '{"n_head": 3, "n_embd": 64}', '{"n_head": [1]}', '{"dataset": "../x"}', '{"dataset": {}}',
     ],
 )  # fmt: skip
 def test_a_command_that_the_page_did_not_write_is_not_run(made, tmp_path, monkeypatch, write, command):
@@ -300,12 +287,6 @@ def test_a_command_that_the_page_did_not_write_is_not_run(made, tmp_path, monkey
     wait_until(lambda: made.run("c")["status"] != "running")
     arguments, _, _ = json.loads((folder / "page" / "log.txt").read_text(encoding="utf-8"))
     assert arguments == ["--init_from=resume", f"--out_dir={folder}", f"--data_dir={made.data_dir}", "--page=True"]
-
-
-def test_an_unknown_action_is_one_line(made, tmp_path):
-    write_state(tmp_path / "out" / "c")
-    with pytest.raises(UserError, match="train, pause or step"):
-        made.control("c", "kill")
 
 
 @pytest.mark.slow
@@ -354,7 +335,7 @@ def test_a_run_is_started_stepped_paused_killed_and_found_again(made, tmp_path, 
     wait_until(lambda: made.run(name)["status"] == "finished")
     run = made.run(name)
     assert run["step"] == 400 and [row["step"] for row in run["evaluations"]] == [*range(100, 401, 100)]
-    assert run["curve"]["step"] == [*range(1, 401)]
+    assert run["curve"]["step"] == (*range(1, 401),)
     alone = [f"--{key}={value}" for key, value in options.items()]
     folders = [f"--out_dir={tmp_path / 'alone'}", f"--data_dir={made.data_dir}"]
     assert train.main(["config/microgpt.py", *alone, *folders]) == 0
@@ -367,4 +348,6 @@ def test_a_dataset_that_does_not_fit_is_a_line_in_the_log(made, tmp_path):
     made.data_dir = tmp_path / "data"
     name = made.start("config/shakespeare_char_cpu.py", text="ab" * 40)
     wait_until(lambda: made.run(name)["status"] == "paused")
-    assert "train.py: the val split of play-1 has 8 tokens, too few for --block_size=64" in made.run(name)["log"]
+    run = made.run(name)
+    assert run["error"].startswith("train.py: the val split of play-1 has 8 tokens, too few for --block_size=64")
+    assert run["log"].endswith(run["error"])
