@@ -13,8 +13,6 @@ from typing import BinaryIO
 
 from quill.errors import UserError
 
-LARGEST = 2**24  # bytes of a file that `read_small` reads
-
 
 @contextmanager
 def replacing(*paths: str | Path, durable: bool = True) -> Iterator[list[BinaryIO]]:
@@ -67,20 +65,15 @@ def open_without_links(path: Path, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def read_small(path: Path, tail: int = 0) -> bytes | None:
-    """Return the content of a regular file, or with `tail` its last bytes.
-
-    None if it can't be read, if it has more than LARGEST bytes, or if it is a symbolic link.
-    """
+def read_end(path: Path, limit: int = 2**24) -> bytes:
+    """Return the last `limit` bytes of a regular file; b"" if it can't be read or is a symbolic link."""
     try:
         with open(open_without_links(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode) or (info.st_size > LARGEST and not tail):
-                return None
-            file.seek(max(0, info.st_size - tail) if tail else 0)
-            return file.read(tail or LARGEST)
+            file.seek(max(0, info.st_size - limit))
+            return file.read(limit) if stat.S_ISREG(info.st_mode) else b""
     except OSError:
-        return None
+        return b""
 
 
 @contextmanager

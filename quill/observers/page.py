@@ -10,8 +10,6 @@ it. The weights are checkpoints without optimizers, which sample.py reads too. F
 on stderr, and not the run.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -29,7 +27,7 @@ import torch
 from quill import checkpoint
 from quill.cli import note
 from quill.errors import UserError
-from quill.files import read_small, replacing
+from quill.files import read_end, replacing
 from quill.machine import StopSignals
 from quill.observers.observer import LogEntry, Observer
 from quill.optimizer import learning_rate
@@ -38,7 +36,7 @@ from quill.state import TrainState
 INTERVAL, PAUSE = 0.5, 20  # between two writes: the longer of so many seconds, and so often the time of a write
 LOOK, PATIENCE = 0.02, 600.0  # seconds between two looks at control; seconds that a run waits
 POINTS, SNAPSHOTS, SNAPSHOT_BYTES = 2000, 64, 2**28
-TYPES = {"format": int, "pid": int, "status": str, "step": int, "max_iters": int, "note": str, "curve": list}
+TYPES = {"format": int, "pid": int, "status": str, "step": int, "note": str, "curve": list}
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
@@ -47,7 +45,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
     Its curve has rows of step, loss, gradient norm and learning rate.
     """
     try:
-        state = json.loads(read_small(path) or b"", parse_constant=lambda name: None)  # JSON has no NaN
+        state = json.loads(read_end(path), parse_constant=lambda name: None)  # JSON has no NaN
         right = all(type(state[key]) is kind for key, kind in TYPES.items()) and state["format"] == 1
         rows = [[type(x) for x in row] for row in state["curve"]]
         right = right and all(len(row) == 4 and row[0] is int and {*row} <= {int, float, type(None)} for row in rows)
@@ -108,7 +106,7 @@ class Page(Observer):
     def _read_target(self):
         """Return the step at which the run waits; infinity if the page has not written one."""
         with suppress(ValueError):
-            return int(read_small(self.folder / "control") or b"")
+            return int(read_end(self.folder / "control"))
         return math.inf
 
     def _wait(self, stop):
@@ -196,8 +194,7 @@ class Page(Observer):
         unread = self.state.pending if self.state.machine.group.world_size == 1 else []
         if unread:  # the training loop reads them again
             self._add_to_curve(*torch.stack([torch.stack(pair) for pair in unread]).cpu().T.tolist())
-        state = {"format": 1, "pid": os.getpid(), "status": self.status, "note": self.note}
-        state |= {"step": self.progress.step, "max_iters": self.config.max_iters}
-        state |= {"curve": [[step, *point] for step, point in self.curve.items()]}
+        state = {"format": 1, "pid": os.getpid(), "status": self.status, "step": self.progress.step, "note": self.note}
+        state["curve"] = [[step, *point] for step, point in self.curve.items()]
         with replacing(self.folder / "state.json", durable=False) as (file,):
             file.write(json.dumps(state).encode())

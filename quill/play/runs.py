@@ -32,7 +32,7 @@ from quill.cli import CONFIG_DIR, coerce, config_files, option_types, read_confi
 from quill.data.corpora import CORPORA
 from quill.data.token_files import open_dataset, prepare
 from quill.errors import UserError
-from quill.files import open_without_links, read_small, replacing
+from quill.files import open_without_links, read_end, replacing
 from quill.observers.page import list_snapshots, read_state
 from quill.options import TrainConfig
 from quill.scoring import count_losses
@@ -64,8 +64,6 @@ class Runs:
         self.processes: dict[Path, subprocess.Popen[Any]] = {}  # those that this object has started
         self.cache: dict[tuple[Callable, Path], tuple[Any, Any]] = {}
 
-    # ------------------------------------------------------------ what there is
-
     def names(self) -> list[str]:
         """Return the names of the runs, the newest first, after `bundled`, the model that ships with quill.
 
@@ -88,9 +86,9 @@ class Runs:
 
     def weights(self, name: str, step: int | None = None) -> Path:
         """Return the checkpoint of a saved step, or with None the newest weights of a run. Raise UnknownRun if none."""
-        if name == "bundled":
+        if name == "bundled" and step is None:
             return BUNDLED
-        folder = self._folder(name)
+        folder = BUNDLED if name == "bundled" else self._folder(name)
         files = ("page/live.pt", "last.pt", "best.pt") if step is None else (f"page/step-{step:06}.pt",)
         stamps = {folder / file: stamp for file in files if (stamp := _stamp(folder / file))}
         if not stamps:
@@ -101,8 +99,6 @@ class Runs:
         """Return the names of the known corpora, and of the folders in data_dir that are prepared."""
         prepared = {path.parent.name for path in self.data_dir.glob("*/meta.json") if _is_name(path.parent.name)}
         return [*CORPORA, *sorted(prepared - {*CORPORA})]
-
-    # ------------------------------------------------------------ what their files say
 
     def list(self) -> list[dict[str, Any]]:
         """Return a short run object of each run."""
@@ -118,7 +114,7 @@ class Runs:
         run = self._outline(name)
         if name != "bundled":
             page = self._folder(name) / "page"
-            log = (read_small(page / "log.txt", tail=2**16) or b"").decode(errors="replace").strip()
+            log = read_end(page / "log.txt", 2**16).decode(errors="replace").strip()
             *_, last = lines = re.split(r"[\r\n]+", log)[-LOG_LINES:]
             run |= {"snapshots": list_snapshots(page), "log": "\n".join(lines)}
             if run["status"] in ("paused", "finished") and re.match(r"train\.py: |\w+Error\b", last):
@@ -139,11 +135,9 @@ class Runs:
         with suppress(UnknownRun):
             run |= self._cached(_read_checkpoint, self.weights(name)) or {}
         run["max_iters"] = run["options"].get("max_iters")
-        if evaluations := self._cached(_read_metrics, folder / "metrics.csv"):
-            run |= {"evaluations": evaluations, "val_loss": evaluations[-1]["val_loss"]}
-            run["step"] = max(run["step"], evaluations[-1]["step"])
+        run["evaluations"] = self._cached(_read_metrics, folder / "metrics.csv") or []
         if state := self._state(folder):
-            run |= {key: state[key] for key in ("status", "step", "max_iters", "note")}
+            run |= {key: state[key] for key in ("status", "step", "note")}
             run["curve"] = dict(zip(CURVE, zip(*state["curve"], strict=True), strict=False)) or run["curve"]
             run["weights_step"] = state["step"] if _stamp(folder / "page" / "live.pt") else None
         if pid := self._pid(folder):
@@ -172,15 +166,15 @@ class Runs:
 
     # ------------------------------------------------------------ processes
 
-    def start(self, config=None, run="", options=None, text=None, documents="none", paused=False) -> str:
+    def start(self, config=None, run=None, options=None, text=None, documents="none", paused=False) -> str:
         """Start a run with the options of a config or of another run, changed by `options`. → its name
 
         text: a text that becomes the dataset; documents: as in prepare.py. paused: it waits before its first step.
         Raise a UserError if an option is wrong, or the text can't be prepared.
         """
-        if config is None:
+        if config is None and run is not None:
             base = self._outline(run)["options"]
-        elif ROOT / config in config_files():
+        elif config is not None and ROOT / config in config_files():
             base = read_config_file(ROOT / config, TrainConfig)
         else:
             raise UserError(f"there is no config {config!r:.80}")
@@ -188,36 +182,35 @@ class Runs:
         self._check(given)
         if text is not None:
             given["dataset"] = self._prepare(text, documents)
-        folder = _unused(self.out_dir / "play", re.sub(r"-\d+$", "", Path(config or run).stem))
-        _write(folder / "page" / "command.json", json.dumps(given))
-        if paused:
-            _write(folder / "page" / "control", "0")
+        folder = _unused(self.out_dir / "play", re.sub(r"-\d+$", "", Path(str(config or run)).stem) or "run")
+        with replacing(folder / "page" / "control", folder / "page" / "command.json") as (control, command):
+            control.write(b"0" if paused else b"")
+            command.write(json.dumps(given).encode())
         self._launch(folder)
         return folder.relative_to(self.out_dir).as_posix()
 
     def control(self, name: str, action: str) -> None:
-        """Let a run "train", "pause" it, or let it take one "step" and wait. A process is started if there is none."""
+        """Let a run "train", let it take one "step" and wait, or "pause" it: its process ends."""
         if name == "bundled":
             raise UserError("the bundled model is trained; start a run of config/microgpt.py")
         folder = self._folder(name)
         pid, state, path = self._pid(folder), self._state(folder), folder / "page" / "control"
-        if action == "pause":
-            own, end = self.processes.get(folder), time.monotonic() + STOPPING
-            if pid and pid not in (state.get("pid"), own and own.pid):
-                raise UserError(f"{folder}: another process, which the page did not start, works there")
-            if pid:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            while self._pid(folder) and time.monotonic() < end:
-                time.sleep(0.02)
-            return
         if action == "step":
             last = state if state.get("pid") == pid else self._cached(_read_checkpoint, folder / "last.pt") or EMPTY
-            _write(path, str(last["step"] + 1))
-        else:
+            with replacing(path) as (file,):
+                file.write(b"%d" % (last["step"] + 1))
+        elif action == "train":
             with suppress(OSError):
                 path.unlink()
-        if not pid:
+        elif pid:
+            own, end = self.processes.get(folder), time.monotonic() + STOPPING
+            if pid not in (state.get("pid"), own and own.pid):
+                raise UserError(f"{folder}: another process, which the page did not start, works there")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            while self._pid(folder) and time.monotonic() < end:
+                time.sleep(0.02)
+        if action != "pause" and not pid:
             self._launch(folder)
 
     def _pid(self, folder: Path) -> int:
@@ -243,12 +236,10 @@ class Runs:
         threading.Thread(target=process.wait, daemon=True).start()
 
     def _options(self, folder: Path) -> dict[str, Any]:
-        """Return all options of the run that the page has started in `folder`; {} if command.json is not its."""
-        return self._cached(self._read_options, folder / "page" / "command.json") or {}
-
-    def _read_options(self, path: Path) -> dict[str, Any] | None:
+        """Return all options of a run that the page has started; {} for others, or if command.json is damaged."""
         with suppress(ValueError, TypeError, AttributeError, RecursionError, UserError):
-            return self._check(json.loads(read_small(path) or b""))
+            return self._check(json.loads(read_end(folder / "page" / "command.json")))
+        return {}
 
     def _check(self, options: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a start. → all of TrainConfig's. Raise a UserError if one is wrong or not the page's."""
@@ -273,9 +264,6 @@ class Runs:
         return folder.name
 
 
-# ---------------------------------------------------------------- files
-
-
 def lock_holder(folder: Path) -> int:
     """Return the process that has locked `folder`, without locking it; 0 if none has, -1 if it is not known."""
     try:
@@ -292,7 +280,7 @@ def lock_holder(folder: Path) -> int:
 
 
 def _is_name(part: str) -> bool:
-    """Whether `part` may be a folder in the name of a run or a dataset."""
+    """Whether the name of a run or a dataset may have this part."""
     return part.isprintable() and not part.startswith(".") and part != "page"
 
 
@@ -310,11 +298,6 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return (info.st_mtime_ns, info.st_size) if stat.S_ISREG(info.st_mode) else None
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as (file,):
-        file.write(text.encode())
-
-
 def _unused(parent: Path, stem: str) -> Path:
     """Return the first of the folders `stem`-1, `stem`-2, … in `parent` that does not exist."""
     return next(path for n in itertools.count(1) if not os.path.lexists(path := parent / f"{stem}-{n}"))
@@ -323,7 +306,7 @@ def _unused(parent: Path, stem: str) -> Path:
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the evaluations in metrics.csv. Rows that are damaged are left out."""
     rows, kinds = [], {"step": int, "val_loss": float, "tokens_per_s": float}
-    names, *lines = [line.split(",") for line in (read_small(path) or b"-").decode(errors="replace").splitlines()]
+    names, *lines = [line.split(",") for line in (read_end(path) or b"-").decode(errors="replace").splitlines()]
     for line in lines:
         with suppress(ValueError, KeyError):
             row = dict(zip(names, line, strict=True))
