@@ -127,6 +127,20 @@ def test_a_signal_ends_the_step_saves_and_resumes(flags, tmp_path, monkeypatch, 
     assert_same_run(whole, parts)
 
 
+def test_a_signal_in_a_step_with_an_evaluation_saves_once(flags, monkeypatch):
+    saved, step, save = [], train.train_step, train.save
+
+    def signalled(state, *args):
+        if state.progress.step == 19:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    monkeypatch.setattr(train, "save", lambda state, better: saved.append(state.progress.step) or save(state, better))
+    assert train.main(flags()) == 128 + signal.SIGTERM
+    assert saved == [20] and last(flags())["step"] == 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_final_samples_ends_the_run(flags, number):
