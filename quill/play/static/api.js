@@ -1,5 +1,7 @@
 /** Questions to the server. Nothing here knows what the answers are for. */
 
+import { reword } from "./dom.js";
+
 const token = new URLSearchParams(location.search).get("token") || "";
 const SLOW = 500; // milliseconds until a panel says that it computes
 const WAIT = 0.5; // seconds between two automatic rounds, at least
@@ -29,7 +31,8 @@ export async function ask(path, body) {
   }
   const isJson = (answer.headers.get("Content-Type") || "").includes("json");
   const content = await (isJson ? answer.json() : answer.text()).catch(() => null);
-  if (!answer.ok) throw new Failure(content?.error || `The server answers ${answer.status}.`, answer.status);
+  if (!answer.ok)
+    throw new Failure(content?.error ? reword(content.error) : `The server answers ${answer.status}.`, answer.status);
   return content;
 }
 

@@ -1,7 +1,7 @@
 /** The head of the page: which run is shown, its counts, train, pause, one step. */
 
 import { ask, query } from "./api.js";
-import { $, announce, complain, count, fill } from "./dom.js";
+import { $, announce, complain, count, fill, reword } from "./dom.js";
 import * as form from "./newrun.js";
 import { on, ready, view } from "./store.js";
 
@@ -14,17 +14,21 @@ const WORDS = {
 };
 const PAUSING = "Pausing: the run ends its step and writes a checkpoint …";
 const STARTING = "starting: Python reads torch and the data, a few seconds …";
+const MOMENT = 2000; // milliseconds that a step of a waiting run may take before the next click counts
+const PATIENCE = 20_000; // milliseconds of starting, until the last line of the log says more
 let open = null; // shows another run: main.js
 let working = false; // two clicks are one run
+let steps = 0; // clicks on One step that are not answered yet: each is a step
+let idle = {}; // the run that is shown, when it was last seen without a process: its name, its step, and the time
 
 /** Wire the head; `show` opens a run by its name or its run object. */
 export function start(show) {
   open = show;
   $("run").onchange = () => show($("run").value);
   $("train").onclick = () => tried(view.run.status === "running" ? PAUSING : "Asking for training …", train);
-  $("step").onclick = () => tried("Taking one step …", oneStep);
+  $("step").onclick = () => ++steps && tried("Taking one step …", oneStep);
   $("anew").onclick = () => tried("Starting anew …", () => startAnew());
-  on("run runs", describe);
+  on("run runs lost", describe);
 }
 
 /** Do `work`, say so meanwhile, and show what went wrong under the buttons. */
@@ -41,15 +45,16 @@ async function tried(words, work) {
     complain($("error"), error.message);
   }
   working = false;
+  steps = 0;
   buttons.forEach((button) => button.removeAttribute("aria-disabled"));
   describe();
 }
 
 const control = async (action) => open(await ask("/api/control", { name: view.run.name, action }));
 
-/** Start a run like this one; what the form says holds if it starts from this run. */
+/** Start a run like this one. */
 async function startAnew(paused = false) {
-  await open(await ask("/api/start", { ...form.request(), paused }));
+  await open(await ask("/api/start", { ...form.likeShown(), paused }));
 }
 
 /** Train or pause, as the run's status has it. */
@@ -63,21 +68,27 @@ async function train() {
 /** One step of this run; a bundled or a finished run cannot go on, so a new one waits at step 0 for its first. */
 async function oneStep() {
   if (["bundled", "finished"].includes(view.run.status)) await startAnew(true);
-  await control("step");
+  for (; steps > 0; steps--) {
+    const { step, status } = view.run;
+    await control("step");
+    const end = performance.now() + MOMENT;
+    while (status === "waiting" && view.run.step === step && performance.now() < end)
+      await new Promise((done) => setTimeout(done, 20));
+  }
 }
 
 /** Show the run's status and its counts. The live region hears about the status only. */
 function describe() {
-  const { run, runs } = view;
+  const { run, runs, lost } = view;
   if (!run) return;
-  fill(
-    $("run"),
-    runs.map(({ name, title }) => [name, title || name]),
-    run.name,
-  );
+  const known = runs.some(({ name }) => name === run.name);
+  const gone = lost !== null && !known; // its folder was deleted or renamed
+  const others = runs.map(({ name, title }) => [name, title || name]);
+  fill($("run"), known ? others : [[run.name, gone ? `${run.name} (deleted)` : run.name], ...others], run.name);
   const active = run.status === "running";
   $("train").textContent = active ? "❚❚ Pause" : run.status === "finished" ? "▶ Train again" : "▶ Train";
-  $("step").disabled = active;
+  $("train").disabled = $("anew").disabled = gone;
+  $("step").disabled = active || gone;
   const numbers = [
     [run.documents, "documents"],
     [run.documents ? null : run.train_tokens, "tokens of text"],
@@ -90,21 +101,39 @@ function describe() {
     .join(" · ");
   const rate = run.evaluations.at(-1)?.tokens_per_s;
   const speed = active && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
-  const chosen = run.status === "bundled" && view.setup.selected_config; // the argument of play.py
-  const hint = chosen ? ` Press Train to train ${chosen}.` : "";
-  const words = active && !ready(run) ? STARTING : (WORDS[run.status] ?? run.status) + hint;
-  document.body.classList.toggle("pending", !ready(run));
-  if (!document.body.classList.contains("lost"))
-    $("status").textContent = `${run.title || run.name}: ${words}${speed} ${run.note || ""}`;
-  announce(`${run.title || run.name}: ${words}`);
-  failed(run);
+  const words = lost ?? `${run.title || run.name}: ${tell(run)}`;
+  const classes = { pending: !ready(run), empty: !ready(run) && !active, lost: lost !== null, failed: failure(run) };
+  for (const [name, holds] of Object.entries(classes)) document.body.classList.toggle(name, Boolean(holds));
+  if (!working) $("status").textContent = lost ?? `${words}${speed} ${run.note || ""}`;
+  announce(words);
 }
 
-/** A run that ended before its first step says why in its log. */
-function failed(run) {
-  const ended = ["paused", "finished"].includes(run.status) && run.step === 0;
-  const reason = run.error || (ended ? (run.log || "").trim().split("\n").at(-1) : "");
-  if (reason && !reason.startsWith("stopped by")) complain($("error"), reason);
+/** What the run does, or how it ended. */
+function tell(run) {
+  if (run.status !== "running" || run.name !== idle.name) {
+    const inMemory = ["running", "waiting"].includes(run.status); // then its next step needs no new process
+    idle = { name: run.name, step: inMemory ? null : run.step, since: performance.now() };
+  }
+  if (run.status === "running" && (!ready(run) || run.step === idle.step))
+    return performance.now() - idle.since > PATIENCE && run.log ? `starting: ${lastLine(run)}` : STARTING;
+  const reason = failure(run);
+  if (reason) return `failed: ${reason}`;
+  if (run.status === "paused" && run.log && !/^stopped (by|early)/.test(lastLine(run))) {
+    const saved = run.evaluations.length || /^stopped by/m.test(run.log);
+    return saved
+      ? `stopped unexpectedly at step ${count(run.step)}. Train goes on from its last checkpoint.`
+      : `ended without a checkpoint at step ${count(run.step)}. Train begins again.`;
+  }
+  const chosen = run.status === "bundled" && view.setup.selected_config; // the argument of play.py
+  return WORDS[run.status] + (chosen ? ` Press Train to train ${chosen}.` : "");
+}
+
+const lastLine = (run) => run.log.trim().split("\n").at(-1);
+
+/** Why the run failed, in the page's words; "" if it did not. */
+export function failure(run) {
+  if (!["paused", "finished"].includes(run.status)) return "";
+  return reword(run.error || run.log.match(/^train\.py: .*$/m)?.[0] || "");
 }
 
 /** Ask for the list of runs. */

@@ -25,6 +25,16 @@ export function fill(select, pairs, chosen = select.value) {
   if (pairs.some(([value]) => String(value) === String(chosen))) select.value = chosen;
 }
 
+/** Show that the model cannot read a text: which characters it has no token for, and which ones it has. `tokens`: some. */
+export function complainOfText(where, message, tokens = []) {
+  const [, unknown] = message.match(/^(.*) \(\d+ characters? that (?:is|are) not in the vocabulary\)$/s) ?? [];
+  if (!unknown) return complain(where, message);
+  const letters = tokens.filter((token) => [...token].length === 1).sort();
+  const known = letters.join("") === "abcdefghijklmnopqrstuvwxyz" ? "a–z: type small letters" : letters.join(" ");
+  const marked = unknown.replace(/'(.*?)'/g, "“$1”").replace(/, (?=[^,]*$)/, " or ");
+  return complain(where, `The model has no token for ${marked}.${known ? ` It knows ${known}.` : ""}`);
+}
+
 /** Show an error near its cause, or hide it: `where` is the panel's element, whose first .message is used. */
 export function complain(where, text) {
   const line = where.classList.contains("message") ? where : where.querySelector(".message");
@@ -37,11 +47,21 @@ export function announce(text) {
   if ($("announce").textContent !== text) $("announce").textContent = text;
 }
 
+/** A line that a script prints, in the words of the page: options without dashes, no advice for a terminal. */
+export const reword = (line) =>
+  line
+    .replace(/^train\.py: /, "")
+    .replace(/^https?:\S+: (\[[^\]]*\] )?([^;]*);.*/, "the data could not be downloaded ($2)")
+    .replace(/--(\w+)/g, "$1");
+
 /** A number with thousands separated: 4192 → "4,192". */
 export const count = (number) => Number(number).toLocaleString("en-US");
 
 /** A number with `digits` decimals, as `sample.py --score` prints it. */
-export const fixed = (number, digits = 3) => (number === null || number === undefined ? "–" : number.toFixed(digits));
+export const fixed = (number, digits = 3) => minus(number?.toFixed(digits) ?? "–");
+
+/** A number's text with the sign that −ln p has, and without one if it is 0. */
+export const minus = (text) => text.replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 /** How a token is shown → the characters that it stands for. */
 export function plain(token) {

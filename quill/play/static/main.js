@@ -66,7 +66,8 @@ async function open(which) {
     if (other) {
       complain($("error"), "");
       if (view.pinned?.name === run.name) change({ pinned: null });
-      change({ step: null, layer: 0, head: 0, run });
+      remember(run.name);
+      change({ lost: null, step: null, layer: 0, head: 0, run });
       chooseTexts(run);
       listen(run.name, arrived);
       round();
@@ -77,6 +78,15 @@ async function open(which) {
   } catch (error) {
     complain($("error"), error.message);
   }
+}
+
+/** The run in the address, so that reload, back and forward keep it. */
+const addressed = () => new URLSearchParams(location.hash.slice(1)).get("run");
+
+function remember(name) {
+  if (addressed() === name) return;
+  const address = `#run=${encodeURIComponent(name).replaceAll("%2F", "/")}`;
+  history[view.run ? "pushState" : "replaceState"](null, "", address);
 }
 
 /** A new state of the run that is shown. */
@@ -134,7 +144,14 @@ async function pin() {
 
 async function main() {
   for (const panel of [token, samples, table, weights, network, timeline, loss]) panel.start();
-  for (const id of ["text", "score-text"]) $(id).addEventListener("input", () => ($(id).dataset.typed = "yes"));
+  for (const id of ["text", "score-text"]) {
+    if (id in sessionStorage) Object.assign($(id), { value: sessionStorage[id] }).dataset.typed = "yes"; // a reload
+    $(id).addEventListener("input", () => {
+      $(id).dataset.typed = "yes";
+      sessionStorage[id] = $(id).value;
+    });
+  }
+  addEventListener("popstate", () => addressed() && open(addressed()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => change({ theme: performance.now() }));
   document.addEventListener("visibilitychange", () => !document.hidden && view.run && round());
   addEventListener("resize", () => change({ theme: performance.now() }));
@@ -143,6 +160,7 @@ async function main() {
   };
   setInterval(followPinned, 2000);
   setInterval(findRuns, 5000);
+  on("lost", findRuns);
   on("step pinned", round);
   on("runs run", () => loss.offer(view.runs));
   $("pinned").onchange = pin;
@@ -153,7 +171,8 @@ async function main() {
     newrun.start(setup, open);
     lessons.start(setup, open);
     explain.start(setup.code);
-    await open(setup.selected || view.runs[0].name);
+    const known = runs.some(({ name }) => name === addressed());
+    await open(known ? addressed() : setup.selected || runs[0].name);
     watchPanels();
   } catch (error) {
     $("status").textContent = error.message;

@@ -1,12 +1,13 @@
 /** The form for a new run: a config or a run to start from, data or a pasted text, dials; and its export as a config. */
 
 import { ask, query } from "./api.js";
-import { $, complain, el, fill } from "./dom.js";
+import { $, complain, el, fill, reword } from "./dom.js";
 import { on, view } from "./store.js";
 
 const PASTE = "paste a text …";
 const OFFLINE = "names"; // bundled, so the first run needs no network
 const EVALUATIONS = 10; // of a run, at least: an evaluation changes no weight, and its loss is a point of the curve
+const MOST = { n_layer: 100, n_head: 128, n_embd: 16384, block_size: 65536, batch_size: 65536 }; // typing errors
 let base = {}; // the options that the form starts from
 
 /** Open or close a folded panel, and say so on its button. */
@@ -49,29 +50,34 @@ export function start(setup, show) {
     name = view.run.name;
     offer(setup);
   });
-  if (setup.selected_config) offer(setup, setup.selected_config);
+}
+
+/** What a run like the one that is shown starts from: this run, or a config if it is the bundled model. */
+function origin() {
+  const { run, setup } = view;
+  return run && run.status !== "bundled" ? `run:${run.name}` : (setup.selected_config ?? "config/microgpt.py");
 }
 
 /** Offer the run that is shown, then every config. */
-function offer(setup, chosen = null) {
+function offer(setup) {
   const run = view.run && view.run.status !== "bundled" ? [[`run:${view.run.name}`, `like ${view.run.name}`]] : [];
   const configs = setup.configs.map(({ name, title }) => [
     name,
     `${name.replace("config/", "").replace(".py", "")}: ${title}`,
   ]);
-  const first = chosen ?? (run.length ? run[0][0] : (setup.selected_config ?? "config/microgpt.py"));
-  fill($("config"), [...run, ...configs], first);
-  $("config").value = first;
+  fill($("config"), [...run, ...configs]);
+  $("config").value = origin();
   take();
 }
 
 /** A number, a choice or a switch for one option. */
-function dial({ name, help, kind, choices }) {
+function dial({ name, help: line, kind, choices }) {
+  const help = reword(line);
   const id = `dial-${name}`;
   const list = kind === "bool" ? ["True", "False"] : choices;
   const input = list
     ? el("select", { id, title: help }, ...list.map((value) => el("option", { value, textContent: value })))
-    : el("input", { id, type: "number", step: kind === "int" ? 1 : "any", title: help });
+    : el("input", { id, type: "number", step: kind === "int" ? 1 : "any", max: MOST[name], title: help });
   return el(
     "label",
     { className: "field" },
@@ -131,14 +137,13 @@ export function request() {
   return { ...from, options, text, documents: pasted && $("lines").checked ? "lines" : "none" };
 }
 
-/** Start the config `name` with its own options: a lesson. */
-export function choose(name, options = {}) {
-  $("config").value = name;
-  take();
-  return { config: name, run: null, options, text: null, documents: "none", paused: false };
+/** What /api/start takes for a run like the one that is shown. The form counts if it is open and starts from this run. */
+export function likeShown() {
+  if ($("new").hidden || $("config").value !== origin()) offer(view.setup);
+  return request();
 }
 
-/** Show the config file that trains the shown run again. */
+/** Show the config file that trains the shown run again, whatever the form says. */
 async function exportConfig() {
   try {
     $("exported").textContent = await ask(query("/api/config", { name: view.run.name }));

@@ -2,6 +2,7 @@
 
 export const view = {
   setup: null, // the answer of /api/setup
+  lost: null, // why the server tells nothing about the run, or null
   runs: [], // the answer of /api/runs
   run: null, // the run object that the page shows
   pinned: null, // the run object beside it, or null
@@ -47,6 +48,12 @@ export function ready(run) {
     run.snapshots.length > 0 ||
     run.evaluations.length > 0
   );
+}
+
+/** The tokens of the run that is shown; none if they are too many, or not here yet. */
+export function knownTokens() {
+  const { run, choices = [] } = view.inside ?? {};
+  return run?.name === view.run.name && choices.length === run.vocab_size ? choices.map(({ token }) => token) : [];
 }
 
 /** Whether every line of the run's texts is a document, such as a name. */
