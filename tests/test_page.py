@@ -191,10 +191,10 @@ def test_it_opens_on_something_alive(visit):
     assert page.inner_text("#counts") == "8,172 documents · 27 different tokens · 4,192 parameters"
     assert page.locator("#bars [data-token]").count() == 10
     assert [text.split("\n")[0] for text in page.locator("#ids li").all_inner_texts()] == ["<start>", "a", "n", "n"]
-    assert page.get_attribute("#attention", "aria-label").startswith("Attention of layer 0, head 0: “n” looks most")
+    assert page.get_attribute("#attention", "aria-label").startswith("Attention of layer 0, head 0: “n” (3) looks most at “")
     assert page.inner_text("#legend") == "This model: 2.339. Press Train for a curve."
     made = page.locator("#texts .made").count()
-    assert page.inner_text("#star") == f"★ Made up: {made} of 12 are not in the 8,172 texts of the data."
+    assert page.inner_text("#star") == f"★ Made up: {made} of 12 are not in the data."
 
 
 def test_bars_are_the_softmax_at_every_temperature(visit):
@@ -268,14 +268,19 @@ def test_a_mistake_is_shown_where_it_was_made(visit):
     page = visit(expected=["400"])
     page.fill("#text", "an4")
     page.wait_for_selector("#token .message:not([hidden])")
-    assert "'4'" in page.inner_text("#token .message")
+    want = "The model has no token for “4”. It knows a–z: type small letters."
+    assert page.inner_text("#token .message") == want
     page.fill("#text", "an")
     page.wait_for_selector("#token .message", state="hidden")
+    page.fill("#score-text", "Ann")
+    page.wait_for_selector("#table .message:not([hidden])")
+    page.fill("#score-text", "")
+    page.wait_for_selector("#table .message", state="hidden")
     page.click("#open-new")
     page.fill("#dial-n_embd", "15")
     page.click("#start")
     page.wait_for_selector("#form-error:not([hidden])")
-    assert page.inner_text("#form-error") == "--n_embd=15 is not divisible by --n_head=4"
+    assert page.inner_text("#form-error") == "n_embd=15 is not divisible by n_head=4"
 
 
 def test_hostile_text_stays_text(visit):

@@ -86,7 +86,8 @@ function describe(i, j = null) {
   const most =
     j ?? matrix[i].reduce((best, value, k) => (value !== null && value > (matrix[i][best] ?? -Infinity) ? k : best), 0);
   const verb = j === null ? "looks most at" : "→";
-  const text = `“${names[i]}” ${verb} “${names[most]}”: ${matrix[i][most] === null ? "hidden by the mask" : fixed(matrix[i][most], 2)}`;
+  const first = shown.tokens.length - T; // positions count from 0, as in the whole text
+  const text = `“${names[i]}” (${first + i}) ${verb} “${names[most]}” (${first + most}): ${matrix[i][most] === null ? "hidden by the mask" : fixed(matrix[i][most], 2)}`;
   $("attention-key").textContent = text;
   $("attention").setAttribute("aria-label", `Attention of layer ${view.layer}, head ${view.head}: ${text}`);
 }

@@ -1,12 +1,15 @@
 /** Panel "How wrong is it?": the training curve, the validation points, the counted models, and a pinned run. */
 
 import { colour } from "./canvas.js";
-import { $, el, fill, fixed } from "./dom.js";
+import { $, el, fill, fixed, minus } from "./dom.js";
 import { on, view } from "./store.js";
 
-const NAMES = { die: "a die", unigram: "counting tokens", bigram: "counting pairs", own: "this model" };
+const NAMES = { die: "guessing", unigram: "counting tokens", bigram: "counting pairs", own: "this model" };
 const MEASURES = { loss: "loss", gradient_norm: "gradient norm", lr: "learning rate" };
 const HEIGHT = 270;
+const FEW = 30; // steps: fewer are shown as points, for a line of one step has no length
+const WHOLE = Array.from({ length: 30 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // between two ticks
+const LABEL = 14; // pixels between two labels, at least
 let plot = null;
 
 /** Wire the panel. */
@@ -72,7 +75,7 @@ function range(_, low, high) {
 
 const reach = (_, low, high) => [
   Math.min(low ?? 0, 0),
-  Math.max(high ?? 1, view.run?.curve.step.length ? 1 : (view.run?.max_iters ?? 1)),
+  Math.max(high ?? 0, view.run?.curve.step.length ? 10 : (view.run?.max_iters ?? 10)),
 ];
 
 /** A new plot, with the theme's colours. */
@@ -80,6 +83,10 @@ function rebuild() {
   if (!view.run) return;
   plot?.destroy();
   const line = (stroke, width, dash) => ({ stroke, width, dash, spanGaps: true, points: { show: false } });
+  const mean = (stroke) => ({
+    ...line(stroke, 2),
+    points: { show: (u) => u.data[0].length < FEW, size: 6, fill: stroke },
+  });
   const faint = (name) => ({ ...line(colour(name), 1), auto: false }); // single batches may leave the picture
   const dots = (stroke) => ({ stroke, width: 2, spanGaps: true, points: { show: true, size: 8, fill: stroke } });
   const axis = {
@@ -96,16 +103,16 @@ function rebuild() {
       cursor: { drag: { x: false, y: false } },
       scales: { x: { time: false, range: reach }, y: { range } },
       axes: [
-        { ...axis, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui", size: 32 },
+        { ...axis, label: "step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui", size: 32, incrs: WHOLE },
         { ...axis, size: 44 },
       ],
       series: [
         {},
         faint("faint-blue"),
-        line(colour("blue"), 2),
+        mean(colour("blue")),
         dots(colour("ink")),
         faint("faint-orange"),
-        line(colour("orange"), 2),
+        mean(colour("orange")),
         { ...dots(colour("orange")), dash: [6, 4] },
       ],
       hooks: { draw: [drawLines], setCursor: [readOut] },
@@ -115,15 +122,23 @@ function rebuild() {
   );
 }
 
+/** What is said below the curve when the pointer is elsewhere. */
+function advice() {
+  const [mine, theirs] = [view.run, view.pinned].map((run) => run?.options.dataset);
+  if (view.pinned && mine !== theirs)
+    return `${view.run.name} has other data (${mine}) than ${view.pinned.name} (${theirs}): their losses can't be compared.`;
+  return view.run?.curve.step.length ? "Move the pointer over the curve to read its numbers." : "";
+}
+
 /** Say the numbers under the pointer. */
 function readOut(u) {
   const i = u.cursor.idx;
   const names = ["batch", "mean", "validation", "batch beside", "mean beside", "validation beside"];
   const values = i === null || i === undefined ? [] : u.data.slice(1).map((column) => column[i]);
   const parts = values.flatMap((value, k) =>
-    value === undefined || value === null ? [] : `${names[k]} ${value.toPrecision(4)}`,
+    value === undefined || value === null ? [] : `${names[k]} ${minus(value.toPrecision(4))}`,
   );
-  $("curve-key").textContent = parts.length ? `Step ${u.data[0][i]}: ${parts.join(", ")}` : "";
+  $("curve-key").textContent = parts.length ? `Step ${u.data[0][i]}: ${parts.join(", ")}` : advice();
 }
 
 /** Horizontal lines with names for the models that only count, and a vertical one at the chosen step. */
@@ -136,10 +151,12 @@ function drawLines(u) {
   ctx.lineWidth = ratio;
   ctx.setLineDash([2 * ratio, 4 * ratio]);
   ctx.textAlign = "right";
-  for (const [name, loss] of baselines()) {
+  let above = -Infinity; // the label before
+  for (const [name, loss] of baselines().sort((a, b) => b[1] - a[1])) {
     const y = u.valToPos(loss, "y", true);
     stroke(ctx, bbox.left, y, bbox.left + bbox.width, y);
-    write(ctx, `${NAMES[name] ?? name} ${fixed(loss, 2)}`, bbox.left + bbox.width - 6 * ratio, y - 5 * ratio);
+    above = Math.max(y - 5 * ratio, above + LABEL * ratio);
+    write(ctx, `${NAMES[name] ?? name} ${fixed(loss, 2)}`, bbox.left + bbox.width - 6 * ratio, above);
   }
   if (view.step !== null) {
     const x = u.valToPos(view.step, "x", true);
@@ -189,6 +206,7 @@ export function draw() {
   const lines = baselines().map(([name, loss]) => `${NAMES[name] ?? name} ${fixed(loss, 2)}`);
   $("curve").setAttribute("aria-label", `Loss at each step. ${[$("legend").textContent, ...lines].join("; ")}`);
   $("curve").dataset.points = curve.step.length;
+  if (plot.cursor.idx === null || plot.cursor.idx === undefined) $("curve-key").textContent = advice();
 }
 
 /** Offer every other run for comparison. */

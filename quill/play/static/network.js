@@ -13,8 +13,8 @@ const WORDS = {
   "attn.c_proj": "mixes the heads",
   attn: "looks back",
   c_fc: "to a wider layer",
-  "mlp.c_proj": "and back",
-  mlp: "thinks about each token",
+  "mlp.c_proj": "back to n_embd",
+  mlp: "applied to each position",
   lm_head: "scores every token",
 };
 const MOST = 64; // cells in a row

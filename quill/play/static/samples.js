@@ -1,8 +1,8 @@
 /** Panel "What it writes": texts of the weights at the chosen step, for the same prompt and the same seed. */
 
 import { ask, oneAtATime } from "./api.js";
-import { $, complain, count, el } from "./dom.js";
-import { change, momentOf, on, ready, view, writesLines } from "./store.js";
+import { $, complain, complainOfText, el } from "./dom.js";
+import { change, knownTokens, momentOf, on, ready, view, writesLines } from "./store.js";
 
 const LINES = { count: 12, max_new_tokens: 40 }; // short texts, such as names
 const PROSE = { count: 1, max_new_tokens: 240 }; // one longer text
@@ -51,7 +51,7 @@ export const refresh = oneAtATime(async () => {
     }
     tellStars(mine.texts);
   } catch (error) {
-    complain($("samples"), error.message);
+    complainOfText($("samples"), error.message, knownTokens());
   }
 }, "samples");
 
@@ -60,7 +60,7 @@ function put(list, texts, run) {
   list.classList.toggle("prose", !writesLines(run));
   list.replaceChildren(
     ...texts.map(({ text, is_new }) => {
-      const item = el("li", { className: is_new ? "made" : "", textContent: text || "(nothing)" });
+      const item = el("li", { className: is_new ? "made" : "", textContent: text || "(nothing)", title: text });
       if (is_new)
         item.append(
           el("span", { className: "star", textContent: " ★" }),
@@ -75,6 +75,5 @@ function put(list, texts, run) {
 function tellStars(texts) {
   const known = texts.filter(({ is_new }) => is_new !== null && is_new !== undefined);
   const made = known.filter(({ is_new }) => is_new).length;
-  const list = view.run.documents ? `the ${count(view.run.documents)} texts of the data` : "the data";
-  $("star").textContent = known.length ? `★ Made up: ${made} of ${known.length} are not in ${list}.` : "";
+  $("star").textContent = known.length ? `★ Made up: ${made} of ${known.length} are not in the data.` : "";
 }

@@ -2,8 +2,8 @@
 
 import { ask, oneAtATime } from "./api.js";
 import { mix, readPalette } from "./canvas.js";
-import { $, announce, complain, el, fixed } from "./dom.js";
-import { momentOf, on, ready, view } from "./store.js";
+import { $, announce, complain, complainOfText, el, fixed } from "./dom.js";
+import { knownTokens, momentOf, on, ready, view } from "./store.js";
 
 const ROWS = 200; // of the table, at most: a long text would stop the browser
 const COLUMNS = 30; // tokens in the head of the table, at most
@@ -24,6 +24,7 @@ export const refresh = oneAtATime(async () => {
   if (!view.run || !ready(view.run)) return;
   if (!$("score-text").value) {
     answer = null;
+    complain($("table"), "");
     $("scores").replaceChildren();
     $("mean").textContent = "Type a name above: each letter gets a number.";
     return;
@@ -40,7 +41,7 @@ export const refresh = oneAtATime(async () => {
     complain($("table"), "");
     draw();
   } catch (error) {
-    complain($("table"), error.message);
+    complainOfText($("table"), error.message, knownTokens());
   }
 }, "table");
 
@@ -64,7 +65,7 @@ function verdict(mean, vocabulary) {
   const share = mean / Math.log(vocabulary);
   if (share < 0.5) return "It expected that.";
   if (share < 0.75) return "A little surprised.";
-  return share < 1 ? "Surprised!" : "Very surprised: a die would have guessed better!";
+  return share < 1 ? "Surprised!" : "Very surprised: guessing would have been better!";
 }
 
 function draw() {
@@ -75,7 +76,7 @@ function draw() {
     el("b", { textContent: verdict(answer.mean_loss, answer.sides) }),
     ` Mean −ln p: `,
     el("b", { id: "mean-loss", textContent: fixed(answer.mean_loss, 4) }),
-    ` over ${answer.tokens} tokens; a die: ${fixed(Math.log(answer.sides), 3)}.`,
+    ` over ${answer.tokens} tokens; guessing among ${answer.sides} tokens: ${fixed(Math.log(answer.sides), 3)}.`,
     answer.tokens > ROWS ? ` The first ${ROWS} are shown.` : "",
     other ? el("span", { className: "orange", textContent: ` ${other.name}: ${fixed(other.mean_loss, 4)}` }) : "",
   );
@@ -83,7 +84,9 @@ function draw() {
   const head = el(
     "tr",
     {},
-    ...tops.map((text, i) => el("th", { scope: "col", textContent: text, className: i > 3 ? "of-token" : "" })),
+    ...tops.map((text, i) =>
+      el("th", { scope: "col", textContent: text, className: i > 3 ? "of-token" : ["context", "", "", "surprise"][i] }),
+    ),
   );
   $("scores").replaceChildren(
     el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows.map((row) => line(row, names, palette)))),
@@ -112,7 +115,7 @@ function line(row, names, palette) {
   return el(
     "tr",
     {},
-    el("th", { scope: "row", textContent: row.context }),
+    el("th", { scope: "row", className: "context", textContent: row.context }),
     el("td", { className: "came", textContent: row.token }),
     el("td", { textContent: p }),
     surprise,

@@ -3,7 +3,8 @@
 import { $, count, fixed } from "./dom.js";
 import { change, momentOf, on, view } from "./store.js";
 
-const PACE = 450; // milliseconds for each saved step
+const PACE = 450; // milliseconds for each saved step, at most
+const REPLAY = 8000; // … and for all of them
 let playing = false;
 
 /** Wire the slider. */
@@ -32,7 +33,7 @@ async function play() {
   const first = view.step === null ? 0 : Number($("moment").value);
   for (let i = first; playing && view.run && i <= view.run.snapshots.length; i++) {
     choose(i);
-    await new Promise((done) => setTimeout(done, PACE));
+    await new Promise((done) => setTimeout(done, Math.min(PACE, REPLAY / view.run.snapshots.length)));
   }
   playing = false;
   show();

@@ -2,9 +2,9 @@
 
 import { ask, oneAtATime } from "./api.js";
 import * as attention from "./attention.js";
-import { $, announce, complain, el, fixed, plain } from "./dom.js";
+import { $, announce, complain, complainOfText, el, fixed, plain } from "./dom.js";
 import { probabilities } from "./sampling.js";
-import { change, momentOf, on, ready, view } from "./store.js";
+import { change, knownTokens, momentOf, on, ready, view } from "./store.js";
 import * as wheel from "./wheel.js";
 
 const SHOWN = 10; // bars before "show all"
@@ -69,7 +69,7 @@ export const refresh = oneAtATime(async () => {
     beside = pinned && { ...(await question(pinned).catch(() => ({ choices: [] }))), run: pinned };
     complain($("token"), "");
   } catch (error) {
-    complain($("token"), error.message);
+    complainOfText($("token"), error.message, knownTokens());
     return;
   }
   $("top-k").max = answer.choices.length;

@@ -2,7 +2,7 @@
 
 import { ask, oneAtATime, query } from "./api.js";
 import { colour, drawCells, prepare } from "./canvas.js";
-import { $, complain, count, fill, fixed } from "./dom.js";
+import { $, complain, count, fill, fixed, minus } from "./dom.js";
 import { change, momentOf, on, ready, view } from "./store.js";
 
 let answer = null; // of /api/matrix
@@ -76,7 +76,7 @@ function draw() {
   const small = answer.shrunk ? ", each cell the mean of a block" : "";
   const sizes = answer.shape.join(" × ");
   $("heat-key").textContent =
-    `${sizes}${small}. Blue: above 0, orange: below 0, the strongest is ${fixed(largest, largest < 0.01 ? 6 : 3)}.`;
+    `${sizes}${small}. Blue: above 0, orange: below 0, the largest absolute value is ${fixed(largest, largest < 0.01 ? 6 : 3)}.`;
   $("heat").setAttribute("aria-label", `${view.matrix}: ${$("heat-key").textContent}`);
   drawHistogram($("kind").value === "gradient" ? answer.gradient_histogram : answer.histogram);
 }
@@ -102,7 +102,7 @@ function drawHistogram(histogram) {
     context.fillStyle = colour((edges[i] + edges[i + 1]) / 2 < 0 ? "heat-orange" : "heat-blue");
     context.fillRect((i * width) / counts.length, height - h, width / counts.length - 1, h);
   });
-  const text = `${count(counts.reduce((a, b) => a + b, 0))} numbers from ${edges[0].toPrecision(3)} to ${edges.at(-1).toPrecision(3)}; mean ${answer.mean.toPrecision(2)}, standard deviation ${answer.std.toPrecision(3)}.`;
+  const text = `${count(counts.reduce((a, b) => a + b, 0))} numbers from ${minus(edges[0].toPrecision(3))} to ${minus(edges.at(-1).toPrecision(3))}; mean ${minus(answer.mean.toPrecision(2))}, standard deviation ${answer.std.toPrecision(3)}.`;
   $("histogram-key").textContent = $("kind").value === "gradient" ? text.split(";")[0] : text;
   $("histogram").setAttribute("aria-label", `Histogram: ${$("histogram-key").textContent}`);
 }
@@ -116,5 +116,5 @@ function tellCell(event) {
   const [i, j] = [Math.floor(event.offsetY / size), Math.floor((event.offsetX - margin) / size)];
   const value = matrix[i]?.[j];
   if (value !== undefined)
-    $("heat-key").textContent = `row ${names ? names[i] : i}, column ${j}: ${value.toPrecision(4)}`;
+    $("heat-key").textContent = `row ${names ? names[i] : i}, column ${j}: ${minus(value.toPrecision(4))}`;
 }
