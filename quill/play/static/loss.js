@@ -85,7 +85,7 @@ function rebuild() {
   const line = (stroke, width, dash) => ({ stroke, width, dash, spanGaps: true, points: { show: false } });
   const mean = (stroke) => ({
     ...line(stroke, 2),
-    points: { show: (u) => u.data[0].length < FEW, size: 6, fill: stroke },
+    points: { show: (u) => u.data[0].length < FEW, size: 8, fill: stroke },
   });
   const faint = (name) => ({ ...line(colour(name), 1), auto: false }); // single batches may leave the picture
   const dots = (stroke) => ({ stroke, width: 2, spanGaps: true, points: { show: true, size: 8, fill: stroke } });
