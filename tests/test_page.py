@@ -196,7 +196,7 @@ def test_it_opens_on_something_alive(visit):
     )
     assert page.inner_text("#legend") == "This model: 2.339. Press Train for a curve."
     made = page.locator("#texts .made").count()
-    assert page.inner_text("#star") == f"★ Made up: {made} of 12 are not in the data."
+    assert page.inner_text("#star") == f"★ Not in the data: {made} of 12."
 
 
 def test_bars_are_the_softmax_at_every_temperature(visit):

@@ -52,6 +52,7 @@ export const reword = (line) =>
   line
     .replace(/^train\.py: /, "")
     .replace(/^https?:\S+: (\[[^\]]*\] )?([^;]*);.*/, "the data could not be downloaded ($2)")
+    .replace(/^the text is longer than (.*)$/, "The text is too long: at most $1.")
     .replace(/--(\w+)/g, "$1");
 
 /** A number with thousands separated: 4192 → "4,192". */

@@ -127,7 +127,10 @@ function advice() {
   const [mine, theirs] = [view.run, view.pinned].map((run) => run?.options.dataset);
   if (view.pinned && mine !== theirs)
     return `${view.run.name} has other data (${mine}) than ${view.pinned.name} (${theirs}): their losses can't be compared.`;
-  return view.run?.curve.step.length ? "Move the pointer over the curve to read its numbers." : "";
+  if (view.run.curve.step.length) return "Move the pointer over the curve to read its numbers.";
+  return baselines().length
+    ? "Dotted: guessing among all tokens alike, and counting how often tokens and pairs of tokens occur."
+    : "";
 }
 
 /** Say the numbers under the pointer. */

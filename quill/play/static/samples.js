@@ -60,7 +60,11 @@ function put(list, texts, run) {
   list.classList.toggle("prose", !writesLines(run));
   list.replaceChildren(
     ...texts.map(({ text, is_new }) => {
-      const item = el("li", { className: is_new ? "made" : "", textContent: text || "(nothing)", title: text });
+      const item = el(
+        "li",
+        { className: is_new ? "made" : "", title: text },
+        el("span", { textContent: text || "(nothing)" }),
+      );
       if (is_new)
         item.append(
           el("span", { className: "star", textContent: " ★" }),
@@ -75,5 +79,5 @@ function put(list, texts, run) {
 function tellStars(texts) {
   const known = texts.filter(({ is_new }) => is_new !== null && is_new !== undefined);
   const made = known.filter(({ is_new }) => is_new).length;
-  $("star").textContent = known.length ? `★ Made up: ${made} of ${known.length} are not in the data.` : "";
+  $("star").textContent = known.length ? `★ Not in the data: ${made} of ${known.length}.` : "";
 }
