@@ -99,10 +99,12 @@ function describe() {
     .filter(([number]) => number)
     .map(([number, unit]) => `${count(number)} ${unit}`)
     .join(" · ");
+  const told = tell(run);
   const rate = run.evaluations.at(-1)?.tokens_per_s;
-  const speed = active && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
-  const words = lost ?? `${run.title || run.name}: ${tell(run)}`;
-  const classes = { pending: !ready(run), empty: !ready(run) && !active, lost: lost !== null, failed: failure(run) };
+  const speed = told === WORDS.running && rate ? ` ${count(Math.round(rate))} tokens a second.` : "";
+  const words = lost ?? `${run.title || run.name}: ${told}`;
+  const pending = !ready(run);
+  const classes = { pending, empty: pending && hasEnded(run), lost: lost !== null, failed: failure(run) };
   for (const [name, holds] of Object.entries(classes)) document.body.classList.toggle(name, Boolean(holds));
   if (!working) $("status").textContent = lost ?? `${words}${speed} ${run.note || ""}`;
   announce(words);
@@ -118,7 +120,7 @@ function tell(run) {
     return performance.now() - idle.since > PATIENCE && run.log ? `starting: ${lastLine(run)}` : STARTING;
   const reason = failure(run);
   if (reason) return `failed: ${reason}`;
-  if (run.status === "paused" && run.log && !/^stopped (by|early)/.test(lastLine(run))) {
+  if (run.status === "paused" && (run.log ? !/^stopped (by|early)/.test(lastLine(run)) : !ready(run))) {
     const saved = run.evaluations.length || /^stopped by/m.test(run.log);
     return saved
       ? `stopped unexpectedly at step ${count(run.step)}. Train goes on from its last checkpoint.`
@@ -130,11 +132,10 @@ function tell(run) {
 
 const lastLine = (run) => run.log.trim().split("\n").at(-1);
 
+const hasEnded = (run) => ["paused", "finished"].includes(run.status);
+
 /** Why the run failed, in the page's words; "" if it did not. */
-export function failure(run) {
-  if (!["paused", "finished"].includes(run.status)) return "";
-  return reword(run.error || run.log.match(/^train\.py: .*$/m)?.[0] || "");
-}
+export const failure = (run) => (hasEnded(run) ? reword(run.error ?? "") : "");
 
 /** Ask for the list of runs. */
 export async function listRuns() {

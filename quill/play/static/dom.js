@@ -31,7 +31,7 @@ export function complainOfText(where, message, tokens = []) {
   if (!unknown) return complain(where, message);
   const letters = tokens.filter((token) => [...token].length === 1).sort();
   const known = letters.join("") === "abcdefghijklmnopqrstuvwxyz" ? "a–z: type small letters" : letters.join(" ");
-  const marked = unknown.replace(/'(.*?)'/g, "“$1”").replace(/, (?=[^,]*$)/, " or ");
+  const marked = unknown.replace(/(["'])(.*?)\1(?=, |$)/g, "“$2”").replace(/, (?=[^,]*$)/, " or ");
   return complain(where, `The model has no token for ${marked}.${known ? ` It knows ${known}.` : ""}`);
 }
 
