@@ -93,7 +93,7 @@ function describe({ about }) {
     .split(/\n\s*\n/)
     .slice(1)
     .filter((text) => !text.trim().startsWith("python "));
-  return paragraphs.map((text) => text.replace(/\s*\n\s*/g, " ")).join(" ");
+  return reword(paragraphs.map((text) => text.replace(/\s*\n\s*/g, " ")).join(" "));
 }
 
 /** Put the options of the chosen config or run into the form. */
