@@ -8,8 +8,6 @@
 Flags override the config file, which overrides the defaults. A run writes last.pt, best.pt and metrics.csv to out_dir.
 """
 
-from __future__ import annotations
-
 if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 

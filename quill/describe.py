@@ -4,8 +4,6 @@ The memory of a micro-batch is counted while torch runs it on tensors without da
 the optimizer (Muon's are a few times its matrices), DDP's copy of the gradients, and what the allocator keeps unused.
 """
 
-from __future__ import annotations
-
 import re
 import weakref
 from dataclasses import replace

@@ -5,8 +5,6 @@ still true when it deletes or writes. The file .run has the identity of the run 
 that was killed before its first checkpoint start again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import AbstractContextManager

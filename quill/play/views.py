@@ -4,8 +4,6 @@ They are computed by the functions of sample.py in quill/trace.py, scoring.py an
 The last checkpoints and contexts are kept, so that a new temperature needs no forward pass.
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
