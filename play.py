@@ -1,4 +1,4 @@
-"""Watch a GPT learn, look inside and sample it, on a page in your browser. It prints the address of the page.
+"""Serve a page that trains a GPT, shows what is inside it and samples from it, and print the page's address.
 
     python play.py                               # opens with a model that is trained already
     python play.py config/microgpt.py            # opens with a config, to train
@@ -34,7 +34,7 @@ def open_socket(port: int) -> socket.socket:
 
 
 def find_run(out_dir: str) -> tuple[Path, str]:
-    """Return the folder whose runs are listed, which is out if `out_dir` is in it, and the name of the run in it."""
+    """Return the folder whose runs are listed, out or else the parent of `out_dir`, and the name of the run in it."""
     root, folder = Path("out").absolute(), Path(os.path.abspath(out_dir))
     root = root if folder.is_relative_to(root) else folder.parent
     return root, folder.relative_to(root).as_posix()
@@ -58,10 +58,10 @@ def main(argv: list[str]) -> None:
         from quill.play.server import make_server
 
         root, name = find_run(config.out_dir) if config.out_dir else (Path("out"), "bundled")
-        with suppress(UserError):  # without its dataset, the bundled model's page has fewer lines
-            prepare_if_missing("names", config.data_dir)
         runs = Runs(root, config.data_dir)
         runs.run(name)  # raises a UserError if there is no such run
+        with suppress(UserError):  # without its dataset, the bundled model's page has fewer lines
+            prepare_if_missing("names", config.data_dir)
         server, address = make_server(listening, runs, name, selected)
         print(address, flush=True)
         server.run([listening])

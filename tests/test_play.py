@@ -687,6 +687,12 @@ def test_mistakes_on_the_command_line(argv, words):
     assert words in str(error.value)
 
 
+def test_a_run_that_is_missing_prepares_nothing(tmp_path):
+    with pytest.raises(UserError, match="there is no run"):
+        play.main([f"--out_dir={tmp_path / 'none'}", f"--data_dir={tmp_path / 'data'}", "--port=0"])
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_package_that_is_missing(monkeypatch):
     monkeypatch.setattr(play, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install starlette uvicorn"):
