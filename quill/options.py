@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from quill.errors import UserError
 
-# Options and the page's fields that are any text, and not a path.
-TEXTS = ("start", "score", "trace", "show", "text", "prompt", "name", "matrix", "config", "run")
+TEXTS = ("start", "score", "trace", "show")  # options that are any text, and not a name or a path
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -28,9 +27,9 @@ def option(default: Any, help: str, **limits: float) -> Any:
 class Checked:
     """Base class of all groups: checks each value's range at construction, then the groups' own rules."""
 
-    def __init_subclass__(cls, heading: str) -> None:
-        """heading: what `--help` prints above the options of the group."""
-        cls.HEADING = heading
+    def __init_subclass__(cls, heading: str, texts: tuple[str, ...] = TEXTS) -> None:
+        """heading: what `--help` prints above the options of the group. texts: the fields that take any text."""
+        cls.HEADING, cls.TEXTS = heading, texts
 
     def __post_init__(self) -> None:
         """Raise a UserError that names the flag if a value is out of range or contradicts another one."""
@@ -38,7 +37,7 @@ class Checked:
             value = getattr(self, f.name)
             if isinstance(value, str):
                 # File names, checkpoints and meta.json can't have these characters.
-                if f.name not in TEXTS and ("\0" in value or value.encode(errors="replace").decode() != value):
+                if f.name not in self.TEXTS and ("\0" in value or value.encode(errors="replace").decode() != value):
                     raise UserError(f"--{f.name}={value}: must be UTF-8 text without null characters")
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 _check_range(f.name, value, f.metadata["limits"])

@@ -1,7 +1,7 @@
-"""The fields of the page's requests in, the numbers of its panels out, as plain values for JSON.
+"""The numbers of the page's panels, as plain values for JSON, and the check of the fields that a request sends.
 
-They are computed by the functions of sample.py in quill/trace.py, scoring.py and generation.py, in float32 on the CPU.
-The last checkpoints and contexts are kept, so that a new temperature needs no forward pass.
+sample.py computes the same numbers with the same functions, of quill/trace.py, scoring.py and generation.py. Here they
+are in float32 on the CPU. The last checkpoints and contexts are kept, so a new temperature needs no forward pass.
 """
 
 import json
@@ -36,7 +36,7 @@ MOST_TOKENS = 20_000_000  # in a dataset whose lines are compared with the sampl
 
 
 @dataclass(frozen=True)
-class Fields(Checked, heading="A request"):
+class Fields(Checked, heading="A request", texts=("name", "matrix", "text", "prompt", "config", "run")):
     """Every field that a request may have. Each address reads its own."""
 
     name: str = option("bundled", "a run, as /api/runs has it")
@@ -88,7 +88,7 @@ class Views:
     def network(self, asked: Fields) -> dict[str, Any]:
         """Return the model's modules, then their biases, with the shape of the matrix and the number of parameters."""
         model, *_ = self.open(asked)
-        names, parts = {value: name for name, value in model.named_parameters()}, []  # tied weights have one name
+        names, parts = {value: name for name, value in model.named_parameters()}, []  # one name for tied weights
         for name, module in model.named_modules():
             if name in ("", "transformer") or isinstance(module, (nn.Identity, nn.Dropout)):
                 continue
@@ -104,7 +104,7 @@ class Views:
         return {"parts": parts}
 
     def matrix(self, asked: Fields) -> dict[str, Any]:
-        """Return the values of a parameter, its gradient if the checkpoint has it, and their histograms."""
+        """Return the values of a parameter, at most SHOWN × SHOWN, its gradient if it is saved, and histograms."""
         model, tokenizer, state = self.open(asked)
         value = dict(model.named_parameters()).get(asked.matrix)
         if value is None:
@@ -126,7 +126,7 @@ class Views:
         }
 
     def token(self, asked: Fields) -> dict[str, Any]:
-        """Return what sample.py --trace prints about the token after a text, with every token that may be drawn."""
+        """Return what sample.py --trace prints about the token after a text, with up to MOST_CHOICES tokens."""
         (model, tokenizer, _), temperature = self.open(asked), asked.temperature
         shape, names = model.config, scoring.token_names(tokenizer)
         if shape.n_layer and (asked.layer >= shape.n_layer or asked.head >= shape.n_head):
@@ -182,14 +182,14 @@ class Views:
 
 
 def stamped(path: Path) -> tuple[Path, int, int]:
-    """Return a file, the time of its last change and its size, by which a cache knows what it has read."""
+    """Return a file, the time of its last change and its size in bytes: the key of what was read from it in a cache."""
     info = path.stat()
     return path, info.st_mtime_ns, info.st_size
 
 
 @lru_cache(2)
 def open_checkpoint(path: Path, *stamp: int) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Read a checkpoint. → its model, its tokenizer and what it holds"""
+    """Read a checkpoint. → model, tokenizer, the checkpoint. Raise a UserError if it is damaged or has no tokenizer."""
     state = checkpoint.load(path)
     if state["tokenizer"] is None:
         raise UserError(f"{path}: has no tokenizer; sample.py can sample from it")
