@@ -18,12 +18,12 @@ from quill import cpu
 from quill.data.batches import Batches
 from quill.machine import Machine
 from quill.options import TrainConfig
-from quill.schema import WithoutDrawing
+from quill.schema import SkipInit
 
 
 def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Batches | None = None) -> str:
     """Return lines with the modules' shapes, FLOPs, memory and, if there are `batches` to train on, their epochs."""
-    with torch.device("meta"), WithoutDrawing():  # shapes without memory: a model of any size can be described
+    with torch.device("meta"), SkipInit():  # shapes without memory, so that a model of any size can be described
         model = GPT(config, vocab_size)
     rows, epoch_lines, epochs = config.batch_size * config.gradient_accumulation_steps, [], ""
     tokens, flops = rows * config.block_size, model.flops_per_token()
@@ -88,7 +88,7 @@ def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: M
         (one, _), (two, added) = few
         return two + (two - one) * (config.n_layer - 2), added
     with FakeTensorMode(), machine.device, torch.autograd.set_multithreading_enabled(False):
-        with WithoutDrawing():
+        with SkipInit():
             model = cpu.speed_up(GPT(config, vocab_size))
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # the sum over the micro-batches before

@@ -116,8 +116,8 @@ def _check_moments(optimizer, saved, step):
                 raise UserError(f"{name} of a parameter must be finite and have the shape {tuple(shape)}")
 
 
-class WithoutDrawing(TorchFunctionMode):
-    """Leave initial weights as they are. Drawing those without memory would import torch's compiler, for 2 seconds."""
+class SkipInit(TorchFunctionMode):
+    """Do not draw a model's initial weights. On the meta device, that would import torch's compiler: 2 s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         is_drawing = getattr(func, "__module__", None) == "torch.nn.init"
@@ -135,7 +135,7 @@ def _expected_shapes(config, vocab_size, weights):
         # Counted first, because a model of very many layers takes long to build even without memory.
         if options.n_layer != len(layers):
             raise UserError(f"config has n_layer={options.n_layer}, but model has the weights of {len(layers)} layers")
-        with torch.device("meta"), WithoutDrawing():
+        with torch.device("meta"), SkipInit():
             model = GPT(options, vocab_size)
     except UserError as error:
         raise UserError(f"config: {error}") from None

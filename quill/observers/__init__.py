@@ -1,4 +1,4 @@
-"""The output of a run: console, metrics.csv, TensorBoard. Observers do not affect training.
+"""The output of a run: console, metrics.csv, TensorBoard, the page. Observers do not affect the weights.
 
 The training loop calls `Observers`, which measures the speed and calls each observer in turn: metrics.csv, the console,
 TensorBoard with --tensorboard=True, and the files of the page with --page=True. Ranks other than 0 have no observers.
