@@ -631,7 +631,7 @@ def test_wrong_types_are_refused(page, key):
         ("start", {"config": "config/names.py", "options": {"n_embd": 7}}, "n_embd=7 is not divisible"),
         ("start", {"config": "config/names.py", "options": {"n_layer": [1]}}, "n_layer"),
         ("start", {"config": "config/names.py", "options": {"--x": 1}}, "--x"),
-        ("start", {"config": "config/names.py", "text": "a"}, ""),
+        ("start", {"config": "config/names.py", "text": "a"}, "the text"),
     ],
 )
 def test_wrong_values_are_one_line(page, path, fields, words):
