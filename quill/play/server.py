@@ -38,6 +38,7 @@ HEADERS = {  # of every answer
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",  # no other site can find out by a script that quill runs
     "cache-control": "no-store",
 }
 STATIC = Path(__file__).parent / "static"
