@@ -59,16 +59,16 @@ def replacing(*paths: str | Path, durable: bool = True) -> Iterator[list[BinaryI
 
 
 def open_without_links(path: Path, flags: int) -> int:
-    """os.open, but an OSError if the last component of `path` is a symbolic link. → file descriptor"""
+    """os.open, but an OSError if `path` is a symbolic link, or a pipe to write to. → file descriptor"""
     if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():  # Windows
         raise OSError(0, "is a symbolic link", str(path))
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-def read_end(path: Path, limit: int = 2**24) -> bytes:
+def read_end(path: Path, limit: int = 2**21) -> bytes:
     """Return the last `limit` bytes of a regular file; b"" if it can't be read or is a symbolic link."""
     try:
-        with open(open_without_links(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        with open(open_without_links(path, os.O_RDONLY), "rb") as file:
             info = os.fstat(file.fileno())
             file.seek(max(0, info.st_size - limit))
             return file.read(limit) if stat.S_ISREG(info.st_mode) else b""

@@ -339,6 +339,17 @@ def test_a_full_disk_costs_one_line_and_is_tried_again(flags, tmp_path, monkeypa
     assert state_of(tmp_path / "run")["status"] == "finished" and len(snapshots_of(tmp_path / "run")) == 41
 
 
+def test_state_json_is_written_although_the_weights_do_not_fit(flags, tmp_path, monkeypatch):
+    def small(*paths, **options):
+        if len(paths) > 1:
+            raise UserError(f"can't write {paths[-1]}: No space left on device")
+        return replacing(*paths, **options)
+
+    monkeypatch.setattr(page, "replacing", small)
+    assert train.main(flags(page=True, max_iters=3)) == 0
+    assert (state_of(tmp_path / "run")["status"], state_of(tmp_path / "run")["step"]) == ("finished", 3)
+
+
 @pytest.mark.slow
 def test_a_removed_folder_is_made_again(flags, tmp_path, monkeypatch):
     evaluated = page.Page.evaluated
@@ -376,7 +387,8 @@ GOOD = {
         json.dumps(GOOD | {"pid": "1"}), json.dumps(GOOD | {"step": True}), json.dumps(GOOD | {"curve": [1]}),
         json.dumps(GOOD | {"curve": [[1, 2.0, 3.0]]}), json.dumps(GOOD | {"curve": [[1, "<b>", 3.0, 4.0]]}),
         json.dumps(GOOD | {"curve": [[1.5, 2.0, 3.0, 4.0]]}), json.dumps(GOOD | {"curve": {"step": [1]}}),
-        json.dumps(GOOD | {"note": None}), json.dumps([GOOD]),
+        json.dumps(GOOD | {"note": None}), json.dumps([GOOD]), json.dumps(GOOD | {"pid": -1}),
+        json.dumps(GOOD | {"pid": 0}), json.dumps(GOOD | {"step": -1}), json.dumps(GOOD | {"step": 10**4000}),
     ],
 )  # fmt: skip
 def test_a_damaged_state_is_none(write, flags, tmp_path, text):

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ import torch
 
 import train
 from quill import checkpoint
+from quill.cli import config_files, read_config_file
 from quill.errors import UserError
 from quill.files import folder_lock
+from quill.observers.page import read_state
+from quill.options import TrainConfig
 from quill.play import runs
 from quill.play.runs import Runs, UnknownRun, lock_holder
 from tests.test_page_observer import GOOD, assert_same
@@ -245,10 +250,19 @@ def test_a_started_process_inherits_nothing_and_is_reaped(made, tmp_path, monkey
         ({"config": "config/names.py", "options": {"dataset": "../../etc"}}, "there is no dataset"),
         ({"config": "config/names.py", "options": {"dataset": ["x"]}}, "there is no dataset"),
         (
-            {"config": "config/names.py", "text": "a"},
-            "the text: has one token, but train and val need at least one each",
+            {"config": "config/names.py", "text": "a" * 169, "options": {"block_size": 16}},
+            "the text: has 169 characters, too few for --block_size=16",
         ),
+        ({"config": "config/names.py", "text": "a", "documents": "lines"}, "the text: has one distinct document"),
         ({"config": "config/names.py", "text": ""}, "the text: there is no text in it"),
+        ({"config": "config/names.py", "text": "\n \n\n", "documents": "lines"}, "the text: there is no text in it"),
+        (
+            {
+                "config": "config/names.py",
+                "text": "".join(map(chr, range(0x100, 0xD000))) + "".join(map(chr, range(0x10000, 0x14000))),
+            },
+            "too many different characters",
+        ),
     ],
 )
 def test_a_wrong_start_is_one_line_and_starts_nothing(made, tmp_path, arguments, problem):
@@ -258,6 +272,96 @@ def test_a_wrong_start_is_one_line_and_starts_nothing(made, tmp_path, arguments,
     assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)
     assert made.processes == {} and made.names() == ["bundled"]
     assert not (tmp_path / "data").exists() or not [*(tmp_path / "data").iterdir()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_layer": 10**9}, {"n_layer": 1001, "n_embd": 4}, {"block_size": 10**8}, {"n_embd": 10**6, "n_head": 1},
+        {"mlp_ratio": 1e5}, {"batch_size": 10**6}, {"gradient_accumulation_steps": 10**4}, {"block_size": 2**14},
+        {"eval_samples": 10**7}, {"final_samples": 10**7}, {"sample_tokens": 10**9},
+    ],
+)  # fmt: skip
+def test_a_run_that_would_eat_the_memory_is_refused(made, options):
+    with pytest.raises(UserError, match=r"too large for the page: .* train\.py in a terminal"):
+        made.start("config/names.py", options={"dataset": "words"} | options)
+    assert made.names() == ["bundled"]
+
+
+def test_the_page_trains_the_configs_but_those_of_gpt3(made):
+    for path in config_files():
+        options = {key: value for key, value in read_config_file(path, TrainConfig).items() if key not in runs.OWN}
+        if path.parent.name != "gpt3":
+            assert made._check(options).items() >= options.items()
+    with pytest.raises(UserError, match="too large"):
+        made._check(options | {"n_layer": 96, "n_head": 96, "n_embd": 12288})
+
+
+def test_two_servers_that_start_at_once_get_a_folder_each(made, monkeypatch, write):
+    monkeypatch.setattr(runs, "TRAIN", write(REPORT, "report.py"))
+    others = [Runs(made.out_dir, made.data_dir) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        names = [
+            *pool.map(lambda k: others[k].start("config/names.py", options={"seed": k, "dataset": "words"}), range(8))
+        ]
+    assert {*names} == {f"play/names-{n}" for n in range(1, 9)}
+    assert [made.run(name)["options"]["seed"] for name in names] == [*range(8)]
+    wait_until(lambda: all(process.returncode is not None for one in others for process in one.processes.values()))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(made, tmp_path):
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    with pytest.raises(UserError, match="can't make a folder in .*out/play"):
+        made.start("config/names.py", options={"dataset": "words"})
+
+
+def test_in_training_the_weights_have_gradients(made, flags, tmp_path, holder):
+    """Also just after an evaluation, when last.pt is the newest file."""
+    folder = tmp_path / "out" / "c"
+    assert train.main(flags(out_dir=folder, page=True, max_iters=2)) == 0
+    os.utime(folder / "last.pt", (2e9, 2e9))
+    assert made.weights("c").name == "last.pt"
+    process = holder(folder)
+    assert made.weights("c").name == "last.pt"  # another process wrote state.json
+    state = read_state(folder / "page" / "state.json")
+    assert state is not None
+    write_state(folder, **state | {"pid": process.pid})
+    assert made.weights("c").name == "live.pt" and checkpoint.load(made.weights("c"))["gradients"]
+
+
+def test_a_pid_that_is_not_known_is_never_signalled(made, tmp_path, monkeypatch):
+    """os.kill(-1) would end every process of the user."""
+    killed = []
+    monkeypatch.setattr(runs, "lock_holder", lambda folder: -1)  # as on a file system of another machine
+    monkeypatch.setattr(runs.os, "kill", lambda *args: killed.append(args))
+    write_state(tmp_path / "out" / "c", pid=-1)
+    with pytest.raises(UserError, match="another process"):
+        made.control("c", "pause")
+    assert not killed
+
+
+def test_a_pipe_in_place_of_the_log_is_one_line(made, tmp_path):
+    folder = tmp_path / "out" / "c"
+    write_state(folder)
+    os.mkfifo(folder / "page" / "log.txt")
+    with pytest.raises(UserError, match=r"can't start train\.py with the log"):
+        made.control("c", "train")
+
+
+@pytest.mark.parametrize("config", [{"norm": torch.zeros(2)}, {"lr_decay_iters": "x"}, {"dataset": [1]}])
+def test_a_checkpoint_with_options_of_wrong_types_counts_as_damaged(made, tmp_path, config):
+    values = {"config": config, "model": {"w": torch.zeros(3)}, "step": 3, "vocab_size": 5, "best_val_loss": 1.0}
+    (tmp_path / "out" / "c").mkdir(parents=True)
+    torch.save(values, tmp_path / "out" / "c" / "last.pt")
+    assert json.dumps(made.run("c")) and made.run("c")["options"] == {}
+
+
+def test_a_folder_that_is_deleted_while_the_runs_are_listed(made, tmp_path, monkeypatch):
+    write_state(tmp_path / "out" / "c")
+    write_state(tmp_path / "out" / "d")
+    is_run = runs._is_run
+    monkeypatch.setattr(runs, "_is_run", lambda path: (is_run(path), path.name == "d" and shutil.rmtree(path))[0])
+    assert made.names() == ["bundled", "c"]
 
 
 @pytest.mark.parametrize("documents, kind", [("lines", True), ("none", False)])

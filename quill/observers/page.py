@@ -48,6 +48,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         state = json.loads(read_end(path), parse_constant=lambda name: None)  # JSON has no NaN
         right = all(type(state[key]) is kind for key, kind in TYPES.items()) and state["format"] == 1
         rows = [[type(x) for x in row] for row in state["curve"]]
+        right = right and state["pid"] > 0 and 0 <= state["step"] < 2**53
         right = right and all(len(row) == 4 and row[0] is int and {*row} <= {int, float, type(None)} for row in rows)
         return state if right else None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -167,13 +168,13 @@ class Page(Observer):
     def _write(self):
         """Write the files. A failure costs one line, and is tried again."""
         began = time.perf_counter()
-        try:
-            self._write_weights()
-            self._write_state()
-        except (UserError, OSError) as error:
-            if not self.is_failing:
-                note(f"note: {error}; the page shows an older state, and training continues")
-            self.is_failing = True
+        for write in (self._write_weights, self._write_state):  # the second may fit on a full disk
+            try:
+                write()
+            except (UserError, OSError) as error:
+                if not self.is_failing:
+                    note(f"note: {error}; the page shows an older state, and training continues")
+                self.is_failing = True
         now = time.perf_counter()
         self.next_write = now + max(INTERVAL, PAUSE * (now - began))
 

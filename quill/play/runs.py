@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ ROOT = CONFIG_DIR.parent
 TRAIN = ROOT / "train.py"
 BUNDLED = Path(__file__).parent / "microgpt.pt"
 OWN = {"out_dir", "data_dir", "init_from", "overwrite", "page", "eval_only", "dry_run", "vocab_size"}  # not the page's
-MOST_FOLDERS, MOST_RUNS = 5000, 500  # looked into, listed
+MOST_FOLDERS, MOST_RUNS, MOST_IDS = 5000, 500, 2**16  # looked into, listed, in a vocabulary
 LOG_LINES, STOPPING = 100, 5.0  # lines; seconds
 CURVE = ("step", "loss", "gradient_norm", "lr")
 # The run object of a folder without any file. /api/runs has the keys of LISTED.
@@ -73,8 +73,9 @@ class Runs:
         for path, inner, _ in itertools.islice(os.walk(self.out_dir), MOST_FOLDERS):
             name = Path(path).relative_to(self.out_dir)
             inner[:] = [part for part in inner if len(name.parts) < 3 and _is_name(part)]
-            if _is_run(Path(path)):
-                found[name.as_posix()] = os.stat(path).st_mtime
+            with suppress(OSError):  # deleted meanwhile
+                if _is_run(Path(path)):
+                    found[name.as_posix()] = os.stat(path).st_mtime
         self.known = found.keys() - {"bundled"}
         return ["bundled", *sorted(self.known, key=found.__getitem__, reverse=True)[:MOST_RUNS]]
 
@@ -91,6 +92,8 @@ class Runs:
         folder = BUNDLED if name == "bundled" else self._folder(name)
         files = ("page/live.pt", "last.pt", "best.pt") if step is None else (f"page/step-{step:06}.pt",)
         stamps = {folder / file: stamp for file in files if (stamp := _stamp(folder / file))}
+        if folder / "page/live.pt" in stamps and self._state(folder).get("pid") == self._pid(folder):
+            return folder / "page/live.pt"  # in training: last.pt may be newer, but has no gradients
         if not stamps:
             raise UnknownRun(f"{name} has no weights" + (f" of step {step}" if step is not None else " yet"))
         return max(stamps, key=stamps.__getitem__)
@@ -119,8 +122,7 @@ class Runs:
             run |= {"snapshots": list_snapshots(page), "log": "\n".join(lines)}
             if run["status"] in ("paused", "finished") and re.match(r"train\.py: |\w+Error\b", last):
                 run["error"] = last  # a UserError's line, or the end of a traceback
-        dataset = run["options"].get("dataset")
-        if dataset in self.datasets():
+        if (dataset := run["options"].get("dataset")) in self.datasets():
             run |= self._cached(_read_dataset, self.data_dir / dataset / "meta.json") or {}
         return run
 
@@ -179,10 +181,10 @@ class Runs:
         else:
             raise UserError(f"there is no config {config!r:.80}")
         given = {key: value for key, value in base.items() if key not in OWN} | (options or {})
-        self._check(given)
+        block_size = self._check(given)["block_size"]
         if text is not None:
-            given["dataset"] = self._prepare(text, documents)
-        folder = _unused(self.out_dir / "play", re.sub(r"-\d+$", "", Path(str(config or run)).stem) or "run")
+            given["dataset"] = self._prepare(text, documents, block_size)
+        folder = _new_folder(self.out_dir / "play", re.sub(r"-\d+$", "", Path(str(config or run)).stem) or "run")
         with replacing(folder / "page" / "control", folder / "page" / "command.json") as (control, command):
             control.write(b"0" if paused else b"")
             command.write(json.dumps(given).encode())
@@ -249,17 +251,31 @@ class Runs:
                 raise UserError(f"{key!r:.80} is not an option that the page can set")
         if "dataset" in options and options["dataset"] not in self.datasets():
             raise UserError(f"there is no dataset {options['dataset']!r:.80}")
-        return asdict(TrainConfig(**{key: coerce(value, kinds[key], "", key) for key, value in options.items()}))
+        config = TrainConfig(**{key: coerce(value, kinds[key], "", key) for key, value in options.items()})
+        width, tokens = int((4 + 3 * config.mlp_ratio) * config.n_embd), config.batch_size * config.block_size
+        weights = config.n_embd * (config.n_layer * width + config.block_size + MOST_IDS)  # an upper bound
+        kept = tokens * ((config.n_layer + 1) * (width + config.n_head * config.block_size) + MOST_IDS)
+        kept += tokens * config.gradient_accumulation_steps * 2**11
+        drawn = max(config.eval_samples, config.final_samples) * config.sample_tokens
+        if weights > 2**28 or kept > 2**33 or config.n_layer > 1000 or drawn > 2**22:
+            raise UserError("too large for the page: use a smaller model or batch, or train.py in a terminal")
+        return asdict(config)
 
-    def _prepare(self, text: str, documents: str) -> str:
+    def _prepare(self, text: str, documents: str, block_size: int) -> str:
         """Make a dataset of a text, one id for each character. → its name. Raise a UserError if that fails."""
-        folder = _unused(self.data_dir, "play")
+        if not text.strip() or len({*text}) > MOST_IDS:
+            raise UserError("the text: there is no text in it, or too many different characters")
+        if documents == "none" and len(text) < 10 * (block_size + 1):  # a tenth is the validation split
+            raise UserError(f"the text: has {len(text)} characters, too few for --block_size={block_size}")
+        folder = _new_folder(self.data_dir, "play")
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / "text.txt"
             source.write_bytes(text.encode(errors="replace"))
             try:
                 prepare(source, folder, "char", documents, folder.name)
             except UserError as error:
+                with suppress(OSError):
+                    folder.rmdir()
                 raise UserError(str(error).replace(str(source), "the text")) from None
         return folder.name
 
@@ -269,7 +285,7 @@ def lock_holder(folder: Path) -> int:
     try:
         import fcntl
 
-        with open(open_without_links(folder / ".lock", os.O_RDONLY | os.O_NONBLOCK)) as file:
+        with open(open_without_links(folder / ".lock", os.O_RDONLY)) as file:
             # struct flock: where its type and its process are
             kind, pid, layout = (3, 2, "qqihh") if sys.platform == "darwin" else (0, 4, "hhqqi")
             asked = [fcntl.F_WRLCK if i == kind else 0 for i in range(5)]
@@ -298,9 +314,17 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return (info.st_mtime_ns, info.st_size) if stat.S_ISREG(info.st_mode) else None
 
 
-def _unused(parent: Path, stem: str) -> Path:
-    """Return the first of the folders `stem`-1, `stem`-2, … in `parent` that does not exist."""
-    return next(path for n in itertools.count(1) if not os.path.lexists(path := parent / f"{stem}-{n}"))
+def _new_folder(parent: Path, stem: str) -> Path:
+    """Make the first of the folders `stem`-1, `stem`-2, … in `parent` that does not exist. Two servers get two."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        numbers = itertools.count(1)
+        while True:
+            with suppress(FileExistsError):
+                (path := parent / f"{stem[:80]}-{next(numbers)}").mkdir()
+                return path
+    except OSError as error:
+        raise UserError(f"can't make a folder in {parent}: {error.strerror}") from None
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -318,11 +342,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Return the options, the step and the sizes of a checkpoint, without its weights. None if it is damaged."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        known, loss = {f.name for f in fields(TrainConfig)}, float(saved["best_val_loss"])
-        options = asdict(TrainConfig(**{key: value for key, value in saved["config"].items() if key in known}))
+        kinds, loss = option_types(TrainConfig), float(saved["best_val_loss"])
+        config = {key: coerce(value, kinds[key], "", key) for key, value in saved["config"].items() if key in kinds}
         sizes = {weight.data_ptr(): weight.numel() for weight in saved["model"].values()}  # tied weights once
-        read = {"options": options, "step": int(saved["step"]), "vocab_size": int(saved["vocab_size"])}
-        return read | {"parameters": sum(sizes.values()), "val_loss": loss if math.isfinite(loss) else None}
+        read = {"options": asdict(TrainConfig(**config)), "parameters": sum(sizes.values())}
+        read |= {"step": int(saved["step"]), "vocab_size": int(saved["vocab_size"])}
+        return read | {"val_loss": loss if math.isfinite(loss) else None}
     except Exception:  # a damaged pickle can fail in any way
         return None
 
