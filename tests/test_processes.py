@@ -33,6 +33,7 @@ def losses(folder):
         return [(float(row["train_loss"]), float(row["val_loss"])) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow  # 14 s; the quick campaign in tests/test_faults.py kills runs too
 def test_a_run_killed_4_times_ends_as_the_undisturbed_one(flags, tmp_path):
     options = {"max_iters": 400, "lr_decay_iters": 400, "eval_interval": 4, "dropout": 0.1, "optimizer": "muon"}
     command("train.py", *flags(**options, out_dir=tmp_path / "whole"), check=0)  # the same number of threads
