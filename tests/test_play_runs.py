@@ -449,10 +449,12 @@ def test_a_run_is_started_stepped_paused_killed_and_found_again(made, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_dataset_that_does_not_fit_is_a_line_in_the_log(made, tmp_path):
+def test_an_error_of_train_py_is_in_the_log_and_in_the_run(made, tmp_path):
+    damaged = Path(shutil.copytree(made.data_dir, tmp_path / "data")) / "words" / "train.bin"
     made.data_dir = tmp_path / "data"
-    name = made.start("config/shakespeare_char_cpu.py", text="ab" * 40)
+    damaged.write_bytes(b"")
+    name = made.start("config/names.py", options={"dataset": "words"})
     wait_until(lambda: made.run(name)["status"] == "paused")
     run = made.run(name)
-    assert run["error"].startswith("train.py: the val split of play-1 has 8 tokens, too few for --block_size=64")
+    assert run["error"].startswith(f"train.py: {damaged}")
     assert run["log"].endswith(run["error"])
