@@ -34,10 +34,7 @@ def read_contents() -> dict[str, Any]:
         kind = "choice" if choices else kinds[name].__name__
         dials.append({"name": name, "help": helps[name], "kind": kind, "choices": choices})
     lessons = [read_lesson(config) for config in configs if config["name"].startswith("config/ladder/")]
-    code = {}
-    for file, names in CODE.items():
-        for name in names.split():
-            code[name if name.endswith(".forward") else name.rpartition(".")[2]] = find_code(file, name)
+    code = {name: find_code(file, name) for file, names in CODE.items() for name in names.split()}
     return {"configs": configs, "dials": dials, "lessons": lessons, "code": code}
 
 

@@ -37,7 +37,7 @@ const PANELS = {
   weights: {
     look: "At the start these are random numbers. Train, and watch them change.",
     formula: "w ← w − rate · (gradient, smoothed and scaled by the optimizer)",
-    code: ["init_weights", "train_step"],
+    code: ["GPT.init_weights", "train_step"],
     exercise: "Train, and compare the rows of a, e, i, o, u in wte. Do they become alike?",
   },
 };
@@ -47,10 +47,7 @@ export function start(code) {
   for (const [panel, { look, formula, code: names, exercise }] of Object.entries(PANELS)) {
     const where = $(panel);
     where.querySelector(".look").textContent = look;
-    const sources = names
-      .map((name) => find(code, name))
-      .filter(Boolean)
-      .map(listing);
+    const sources = names.map((name) => listing(code[name]));
     const details = el(
       "details",
       {},
@@ -77,16 +74,6 @@ function formulaOf({ n_layer, position, norm, norm_embedding, norm_final, residu
   if (n_layer)
     lines.push(`x ← ${add}attention(${normed(true)});${mlp}   in each of ${n_layer} block${n_layer > 1 ? "s" : ""}`);
   return [...lines, `logits = W ${normed(norm_final)}`].join("\n");
-}
-
-/** The entry of a function: by its key or by its name, with or without its class. */
-function find(code, name) {
-  const short = name.split(".").at(-1);
-  return (
-    code[name] ??
-    code[short] ??
-    Object.values(code).find((entry) => entry.name === name || entry.name.endsWith(`.${name}`))
-  );
 }
 
 /** A function's place and its lines. */

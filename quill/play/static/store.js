@@ -33,7 +33,7 @@ export function change(part) {
   for (const key of changed) bus.dispatchEvent(new Event(key));
 }
 
-/** The newest saved step of `run` that is not later than `step`; null stands for the newest weights. */
+/** The newest saved step of `run` that is not later than `step`; null means the newest weights. */
 export function momentOf(run, step) {
   if (step === null || !run.snapshots.length) return null;
   return run.snapshots.filter((saved) => saved <= step).at(-1) ?? run.snapshots[0];
@@ -58,5 +58,5 @@ export function knownTokens() {
 
 /** Whether every line of the run's texts is a document, such as a name. */
 export function writesLines(run) {
-  return run.tokens_are_lines ?? (Boolean(run.documents) || (run.options.dataset || "").startsWith("names"));
+  return run.tokens_are_lines ?? (run.options.dataset || "").startsWith("names");
 }
