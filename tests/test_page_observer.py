@@ -47,6 +47,12 @@ def wait_for(folder, status, step, seconds=20):
     raise AssertionError(f"no {status} at step {step}: {state_of(folder)}")
 
 
+def stop_when_waiting(folder, step, number):
+    """Send this process a signal as soon as its run waits at `step`."""
+    wait_for(folder, "waiting", step)
+    os.kill(os.getpid(), number)
+
+
 def beside(work):
     """Run `work` in a thread; → a function that ends the thread and raises its error."""
     errors = []
@@ -111,11 +117,7 @@ def test_weights_are_bitwise_the_same_with_the_page_and_after_a_stop(flags, tmp_
     stopped = tmp_path / "stopped"
     control(stopped, 13)
 
-    def stop():
-        wait_for(stopped, "waiting", 13)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    join = beside(stop)
+    join = beside(lambda: stop_when_waiting(stopped, 13, signal.SIGTERM))
     assert train.main(flags(out_dir=stopped, page=True, **options)) == 128 + signal.SIGTERM
     join()
     assert checkpoint.load(stopped / "last.pt")["step"] == 13
@@ -167,11 +169,7 @@ def test_a_run_that_is_stopped_before_its_first_step_resumes(flags, tmp_path):
     folder = tmp_path / "run"
     control(folder, 0)
 
-    def stop():
-        wait_for(folder, "waiting", 0)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    join = beside(stop)
+    join = beside(lambda: stop_when_waiting(folder, 0, signal.SIGINT))
     assert train.main(flags(page=True)) == 128 + signal.SIGINT
     join()
     assert checkpoint.load(folder / "last.pt")["step"] == 0

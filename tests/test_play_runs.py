@@ -98,7 +98,7 @@ def test_a_run_with_its_files_and_one_without(made, flags, tmp_path):
     with pytest.raises(UnknownRun, match="step 99"):
         made.weights("a/b", 99)
     row = {"name": "c", "title": "c", "status": "finished", "step": 40, "max_iters": 40}
-    bundled, listed, _ = made.list()
+    bundled, listed, _ = made.summaries()
     assert listed == row | {"val_loss": without["val_loss"]}
     assert bundled["val_loss"] == pytest.approx(checkpoint.load(runs.BUNDLED)["best_val_loss"])
     before = made.signature("a/b")
@@ -251,17 +251,17 @@ def test_a_started_process_inherits_nothing_and_is_reaped(made, tmp_path, monkey
         ({"config": "config/names.py", "options": {"dataset": ["x"]}}, "there is no dataset"),
         (
             {"config": "config/names.py", "text": "a" * 169, "options": {"block_size": 16}},
-            "the text: has 169 characters, too few for --block_size=16",
+            "the text has 169 characters, too few for --block_size=16",
         ),
         ({"config": "config/names.py", "text": "a", "documents": "lines"}, "the text: has one distinct document"),
-        ({"config": "config/names.py", "text": ""}, "the text: there is no text in it"),
-        ({"config": "config/names.py", "text": "\n \n\n", "documents": "lines"}, "the text: there is no text in it"),
+        ({"config": "config/names.py", "text": ""}, "the text is blank"),
+        ({"config": "config/names.py", "text": "\n \n\n", "documents": "lines"}, "the text is blank"),
         (
             {
                 "config": "config/names.py",
                 "text": "".join(map(chr, range(0x100, 0xD000))) + "".join(map(chr, range(0x10000, 0x14000))),
             },
-            "too many different characters",
+            "more than 65,536 different characters",
         ),
     ],
 )

@@ -34,7 +34,8 @@ from quill.optimizer import learning_rate
 from quill.state import TrainState
 
 INTERVAL, PAUSE = 0.5, 20  # between two writes: the longer of so many seconds, and so often the time of a write
-LOOK, PATIENCE = 0.02, 600.0  # seconds between two looks at control; seconds that a run waits
+LOOK = 0.02  # seconds between two looks at control
+PATIENCE = 300.0  # seconds that a run waits: other ranks, if there are any, give up after 600
 POINTS, SNAPSHOTS, SNAPSHOT_BYTES = 2000, 64, 2**28
 TYPES = {"format": int, "pid": int, "status": str, "step": int, "note": str, "curve": list}
 

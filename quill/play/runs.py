@@ -5,8 +5,6 @@ from anywhere. quill/observers/page.py writes those in its folder `page`, except
 A process is found by the lock of its run's folder, so that a server that starts later finds it too.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -103,7 +101,7 @@ class Runs:
         prepared = {path.parent.name for path in self.data_dir.glob("*/meta.json") if _is_name(path.parent.name)}
         return [*CORPORA, *sorted(prepared - {*CORPORA})]
 
-    def list(self) -> list[dict[str, Any]]:
+    def summaries(self) -> list[dict[str, Any]]:
         """Return a short run object of each run."""
         runs = []
         for name in self.names():
@@ -168,7 +166,15 @@ class Runs:
 
     # ------------------------------------------------------------ processes
 
-    def start(self, config=None, run=None, options=None, text=None, documents="none", paused=False) -> str:
+    def start(
+        self,
+        config: str | None = None,
+        run: str | None = None,
+        options: dict[str, Any] | None = None,
+        text: str | None = None,
+        documents: str = "none",
+        paused: bool = False,
+    ) -> str:
         """Start a run with the options of a config or of another run, changed by `options`. → its name
 
         text: a text that becomes the dataset; documents: as in prepare.py. paused: it waits before its first step.
@@ -253,20 +259,21 @@ class Runs:
             raise UserError(f"there is no dataset {options['dataset']!r:.80}")
         config = TrainConfig(**{key: coerce(value, kinds[key], "", key) for key, value in options.items()})
         width, tokens = int((4 + 3 * config.mlp_ratio) * config.n_embd), config.batch_size * config.block_size
-        weights = config.n_embd * (config.n_layer * width + config.block_size + MOST_IDS)  # an upper bound
+        # Upper bounds: the weights, the numbers that a micro-batch keeps, the tokens of a step, those of the samples.
+        weights = config.n_embd * (config.n_layer * width + config.block_size + MOST_IDS)
         kept = tokens * ((config.n_layer + 1) * (width + config.n_head * config.block_size) + MOST_IDS)
-        kept += tokens * config.gradient_accumulation_steps * 2**11
+        of_step = tokens * config.gradient_accumulation_steps
         drawn = max(config.eval_samples, config.final_samples) * config.sample_tokens
-        if weights > 2**28 or kept > 2**33 or config.n_layer > 1000 or drawn > 2**22:
+        if weights > 2**28 or kept > 2**33 or max(of_step, drawn) > 2**22 or config.n_layer > 1000:
             raise UserError("too large for the page: use a smaller model or batch, or train.py in a terminal")
         return asdict(config)
 
     def _prepare(self, text: str, documents: str, block_size: int) -> str:
         """Make a dataset of a text, one id for each character. → its name. Raise a UserError if that fails."""
         if not text.strip() or len({*text}) > MOST_IDS:
-            raise UserError("the text: there is no text in it, or too many different characters")
+            raise UserError(f"the text is blank, or has more than {MOST_IDS:,} different characters")
         if documents == "none" and len(text) < 10 * (block_size + 1):  # a tenth is the validation split
-            raise UserError(f"the text: has {len(text)} characters, too few for --block_size={block_size}")
+            raise UserError(f"the text has {len(text)} characters, too few for --block_size={block_size}")
         folder = _new_folder(self.data_dir, "play")
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / "text.txt"

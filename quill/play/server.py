@@ -112,7 +112,7 @@ def make_routes(runs: Runs, opened_with: dict[str, Any]) -> list[Route]:
         Route("/static/{name:path}", file),
         Route("/api/events", events),
         answer("GET", "setup", looking, lambda _: read_contents() | opened_with | {"datasets": runs.datasets()}),
-        answer("GET", "runs", looking, lambda _: {"runs": runs.list()}),
+        answer("GET", "runs", looking, lambda _: {"runs": runs.summaries()}),
         answer("GET", "run", looking, lambda asked: runs.run(asked.name)),
         answer("GET", "config", looking, lambda asked: write_config(asked.name, runs.run(asked.name)["options"])),
         answer("POST", "start", looking, start),
