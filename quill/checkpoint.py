@@ -191,7 +191,7 @@ def _resume(from_file, flags, held):
     for key in sorted(key for key, value in old_flags.items() if value != from_file[key]):
         note(f"note: {key}={old_flags[key]} was given as a flag earlier, and flags override the config file")
     given = {key: value for key, value in given.items() if key not in old_flags}
-    _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer"}), path)
+    _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer", "val_split"}), path)
     options: dict[str, Any] = _values(state, {f.name for f in fields(TrainConfig)})
     config = TrainConfig(**(options | given | {"init_from": "resume", "out_dir": out_dir}))
     if (config.ema_decay > 0) != (state["ema"] is not None):

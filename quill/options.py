@@ -100,6 +100,9 @@ class RunConfig(Checked, heading="The run: where it reads, where it writes, how 
 
     dataset: str = option("openwebtext", "name of the folder in data_dir that holds train.bin and val.bin")
     data_dir: str = option("data", "folder of the prepared datasets")
+    val_split: Literal["val", "train_tail"] = option(
+        "val", "train_tail: train on the first nine tenths of train.bin and evaluate on its last tenth, not on val.bin"
+    )
     out_dir: str = option("out", "folder for last.pt, best.pt and metrics.csv")
     init_from: str = option(
         "scratch", "scratch | resume (last.pt) | auto (resume if there is one) | a checkpoint or GPT-2 to fine-tune"

@@ -18,6 +18,7 @@ import train
 from model import GPT
 from quill import checkpoint, cpu
 from quill.data.splits import open_splits
+from quill.data.token_files import open_dataset
 from quill.errors import UserError
 from quill.machine import pick_machine
 from quill.options import TrainConfig
@@ -326,6 +327,29 @@ def test_evaluation_is_the_mean_over_the_whole_split(flags, dataset):
     assert count == (len(tokens) - 1 if dataset == "prose" else len(tokens))
     assert train.evaluate(model, opened.val_batches, config, machine) == pytest.approx(total / count, abs=1e-6)
     assert model.training
+
+
+@pytest.mark.parametrize("dataset", ["prose", "words"])
+def test_train_tail_is_the_last_tenth_of_the_training_split(flags, dataset):
+    config = TrainConfig(**train.read_args(flags(dataset=dataset, val_split="train_tail"), TrainConfig, "")[1])
+    whole, opened = open_dataset(config.data_dir, dataset), open_splits(config, pick_machine(config))
+    rest, tail = opened.dataset.train, opened.dataset.val
+    assert np.array_equal(np.concatenate([rest, tail]), whole.train)
+    assert len(tail) == pytest.approx(len(whole.train) / 10, abs=10)  # as a word has at most 9 letters
+    assert (opened.train_batches.n_tokens, opened.val_batches.n_tokens) == (len(rest), len(tail))
+    if dataset == "words":
+        assert tail[0] == whole.tokenizer.bos
+
+
+def test_what_train_tail_refuses(flags, tmp_path):
+    run(flags(val_split="train_tail", max_iters=10, eval_interval=10))
+    run(flags(init_from="resume", max_iters=20, eval_interval=10))
+    with pytest.raises(UserError, match="val_split=val: .*last.pt has val_split=train_tail, which can't change"):
+        run(flags(init_from="resume", val_split="val"))
+    (tmp_path / "long.txt").write_text("short\n" * 20 + "l" + "o" * 800 + "ng\n", encoding="utf-8")
+    prepare.main([f"--input={tmp_path / 'long.txt'}", "--dataset=long", "--documents=lines", f"--data_dir={tmp_path}"])
+    with pytest.raises(UserError, match="no document starts in the last tenth of long's train.bin"):
+        run(flags(dataset="long", data_dir=tmp_path, val_split="train_tail", out_dir=tmp_path / "other"))
 
 
 def test_a_step_is_adamw_by_formula(flags):

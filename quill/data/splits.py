@@ -1,7 +1,9 @@
 """The two splits of a run's dataset, opened and made into batches for one rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from quill.cli import note
 from quill.data.batches import DATA_ORDER, Batches
@@ -25,6 +27,8 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
     group = machine.group
     group.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
     dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
+    if config.val_split == "train_tail":
+        dataset = group.on_all_ranks(hold_out_tail, dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
     if rows % group.world_size:
         raise UserError(
@@ -42,6 +46,23 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
             )
         batches.append(Batches(tokens, bos, config.block_size, **settings))
     return Splits(dataset, *batches)
+
+
+def hold_out_tail(dataset: Dataset) -> Dataset:
+    """Return `dataset` with the last tenth of its training split as `val`, from a document's start on, and the rest.
+
+    With it, you can choose hyperparameters without a look at the validation split. Raise a UserError if no document
+    starts in the last tenth.
+    """
+    train, bos = dataset.train, dataset.tokenizer.bos
+    cut = len(train) - len(train) // 10
+    if bos is not None:
+        starts = np.flatnonzero(train[cut:] == bos)
+        if not len(starts):
+            where = f"the last tenth of {dataset.name}'s train.bin"
+            raise UserError(f"--val_split=train_tail: no document starts in {where}")
+        cut += int(starts[0])
+    return replace(dataset, train=train[:cut], val=train[cut:])
 
 
 def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
