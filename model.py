@@ -6,7 +6,8 @@
 
 This file imports torch and nothing from quill, so you can copy it into your own project. `config` is any object with
 the fields of `ModelConfig` in quill/options.py: block_size, n_layer, n_head, n_embd, dropout, attention_dropout, bias,
-norm, norm_embedding, norm_final, activation, position, mlp_ratio, residual, tie_weights, qk_norm, init_std.
+norm, norm_embedding, norm_final, activation, position, ngram, ngram_rows, mlp_ratio, residual, tie_weights, qk_norm,
+init_std.
 
 Parameters have GPT-2's names. Linear weights have torch's shape (out, in); GPT-2's checkpoints hold c_attn, c_fc and
 c_proj transposed. quill/cpu.py has faster layers for a CPU, and quill/generation.py generates with a cache.
@@ -34,16 +35,6 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-def squared_relu(x):
-    """ReLU² (So et al. 2021, "Primer")."""
-    return F.relu(x).square()
-
-
-def without_residual(x, y):
-    """Return `y`, the output of attention or MLP, and ignore its input `x`. `Block` uses it in place of `torch.add`."""
-    return y
-
-
 NORMS = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
     "rmsnorm": lambda config: rms_norm(config.n_embd),
@@ -53,7 +44,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # OpenAI's weights of GPT-2 were trained with it
     "relu": F.relu,
-    "relu2": squared_relu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer"
     "swiglu": swiglu,
 }
 
@@ -74,6 +65,19 @@ def rotate(x, rotary):
     """Turn each pair (i, i + D/2) of `x` (B, H, T, D) by its position's angle; `rotary` is (2, T, D/2)."""
     (cos, sin), (a, b) = rotary, x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def ngram_vectors(idx, n, table, start=0):
+    """Concatenate vectors for the last 2, 3, …, n tokens at each place of `idx` (B, T) from start. → (B, T - start, C)
+
+    A hash picks their rows in `table`, (rows, C / (n - 1)), as in the Over-Tokenized Transformer (Huang et al. 2025).
+    """
+    row, vectors = idx, []
+    for back in range(1, n):
+        earlier = F.pad(idx, (back, 0))[:, :-back]  # token 0 stands before the first
+        row = (row * 1_000_003 + earlier) % len(table)
+        vectors.append(F.embedding(row[:, start:], table))
+    return torch.cat(vectors, dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -104,9 +108,7 @@ class CausalSelfAttention(nn.Module):
         q, k = self.qk_norm(q), self.qk_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if q.dtype != v.dtype:  # under autocast, the norm and the rotation return float32
-            q, k = q.type_as(v), k.type_as(v)
-        return q, k, v
+        return q.type_as(v), k.type_as(v), v  # under autocast, the norm and the rotation return float32
 
     def attend(self, q, k, v):
         """softmax(q kᵀ / √D + causal mask) v, with dropout on the weights. (B, H, T, D)"""
@@ -136,7 +138,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.add = torch.add if config.residual else without_residual
+        self.add = torch.add if config.residual else (lambda x, y: y)
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config) if config.mlp_ratio else nn.Identity()
@@ -159,6 +161,8 @@ class GPT(nn.Module):
         self.transformer: Any = nn.ModuleDict()
         self.transformer["wte"] = nn.Embedding(vocab_size, config.n_embd)
         self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        width = config.n_embd // max(1, config.ngram - 1)
+        self.transformer["ngrams"] = nn.Embedding(config.ngram_rows, width) if config.ngram else None
         self.transformer["drop"] = nn.Dropout(config.dropout)
         self.transformer["ln_e"] = make_norm(config) if config.norm_embedding else nn.Identity()
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -174,36 +178,33 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw every matrix from a normal distribution with mean 0 and standard deviation init_std.
 
-        Without init_std, use GPT-2's: 0.02, and 0.02 / √(2 n_layer) for each c_proj.
+        Without init_std, use GPT-2's: 0.02, and 0.02 / √(2 n_layer) for each c_proj. The n-grams start at 0.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "ngrams.weight")):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, std=self.config.init_std or std)
 
     def forward(self, idx, targets=None):
-        """`idx`, `targets` (B, T) int64 → logits (B, T, V), and the mean loss in nats (None without targets).
-
-        Targets of -1 are ignored.
-        """
+        """`idx`, `targets` (B, T) int64 → logits (B, T, V), mean loss in nats or None. Targets of -1 are ignored."""
         logits = self.lm_head(self.final_hidden(idx))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def final_hidden(self, idx, cache=None):
-        """`idx` (B, T) → the final norm's output (B, T, C).
+        """`idx` (B, T) → the final norm's output (B, T - start, C), where start is the cache's length, or 0.
 
-        cache: a KVCache (quill/generation.py) with the keys and values of the tokens before `idx`. Its `length` is the
-        number of these tokens. `layers[i].append(k, v)` adds those of `idx`, and returns all, (B, H, length + T, D).
+        cache: a KVCache (quill/generation.py) with the keys and values of the first `length` tokens of `idx`, which are
+        not computed again. `layers[i].append(k, v)` adds those of the other tokens, and returns all, (B, H, T, D).
         """
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
+        start, end = 0 if cache is None else cache.length, idx.size(1)
         assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
-        assert start == 0 or idx.size(1) == 1, "a cache that is not empty takes one token at a time"
-        x = self.transformer.wte(idx)
+        assert start == 0 or end - start == 1, "a cache that is not empty takes one token at a time"
+        x = self.transformer.wte(idx[:, start:])
+        if self.transformer.ngrams is not None:
+            x = x + ngram_vectors(idx, self.config.ngram, self.transformer.ngrams.weight, start)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe.weight[start:end]
         x = self.transformer.drop(self.transformer.ln_e(x))
@@ -218,9 +219,9 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue each row of `idx` (B, T), T ≥ 1, by `max_new_tokens` tokens. → (B, T + max_new_tokens)
 
-        This computes the whole context again for every token. quill/generation.py is faster, because it keeps keys and
-        values in a cache. Call `eval()` first, so that dropout is off. A longer prompt is cut to its last `block_size`
-        tokens. When the context is full, generation continues from its last `block_size // 2` tokens.
+        Call `eval()` first, so that dropout is off. A longer prompt is cut to its last `block_size` tokens. When the
+        context is full, generation continues from its last `block_size // 2` tokens. The whole context is computed
+        for every token; quill/generation.py is faster, with a cache.
         """
         start = max(0, idx.size(1) - self.config.block_size)
         for _ in range(max_new_tokens):
@@ -228,8 +229,8 @@ class GPT(nn.Module):
                 start = idx.size(1) - max(1, self.config.block_size // 2)
             logits = self.lm_head(self.final_hidden(idx[:, start:])[:, -1]) / temperature  # (B, V)
             if top_k is not None:
-                smallest = logits.topk(min(top_k, self.vocab_size)).values[:, -1:]
-                logits = logits.masked_fill(logits < smallest, -math.inf)
+                kept = logits.topk(min(top_k, self.vocab_size)).values
+                logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
             idx = torch.cat([idx, torch.multinomial(logits.softmax(dim=-1), 1)], dim=1)
         return idx
 
@@ -244,5 +245,5 @@ class GPT(nn.Module):
         """
         lookups = [m for m in self.transformer.values() if isinstance(m, nn.Embedding)]
         lookup_weights = sum(m.weight.numel() for m in lookups if m.weight is not self.lm_head.weight)
-        C, T = self.config.n_embd, self.config.block_size
-        return 6 * (self.num_params() - lookup_weights) + 12 * self.config.n_layer * C * T
+        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        return 6 * (self.num_params() - lookup_weights) + attention

@@ -109,20 +109,19 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     """
     block_size = model.config.block_size
     context = idx[:, -block_size:]  # the tokens that the next one depends on
-    new, cache = context, KVCache(model.config)  # `new`: tokens that are not in the cache yet
+    cache = KVCache(model.config)
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     with eval_mode(model):
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:
-                context = new = context[:, -max(1, block_size // 2) :]
+                context = context[:, -max(1, block_size // 2) :]
                 cache = KVCache(model.config)
-            hidden = model.final_hidden(new, cache)  # (B, T, C)
+            hidden = model.final_hidden(context, cache)  # of the tokens that are not in the cache
             token = sample_token(model.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
                 done |= token == stop_token
-            new = token[:, None]
-            context = torch.cat([context, new], dim=1)
+            context = torch.cat([context, token[:, None]], dim=1)
             yield token
             if stop_token is not None and done.all():
                 return

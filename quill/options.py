@@ -74,6 +74,10 @@ class ModelConfig(Checked, heading="The model's architecture"):
     norm_final: bool = option(True, "normalise before lm_head")
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
+    ngram: int = option(
+        0, "add vectors for the last 2, 3, …, ngram tokens to the token embedding; 0: none", at_least=0, at_most=17
+    )
+    ngram_rows: int = option(16384, "rows of the hashed table of these vectors", at_least=1, below=2**31)
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
     tie_weights: bool = option(True, "lm_head and the token embedding share one matrix")
@@ -88,6 +92,10 @@ class ModelConfig(Checked, heading="The model's architecture"):
                 f"--position=rope rotates pairs, so the width of a head must be even: --n_embd={self.n_embd} / "
                 f"--n_head={self.n_head} is {self.n_embd // self.n_head}"
             )
+        if self.ngram == 1:
+            raise UserError("--ngram=1: each token has a vector already; give 2 or more, or 0 for none")
+        if self.ngram and self.n_embd % (self.ngram - 1):
+            raise UserError(f"--ngram={self.ngram}: --n_embd={self.n_embd} is not divisible by {self.ngram - 1}")
         if self.mlp_ratio * self.n_embd > 2**31:
             raise UserError(f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd} makes the MLP too wide")
         if self.mlp_ratio and int(self.mlp_ratio * self.n_embd) < 1:

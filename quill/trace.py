@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from model import GPT
+from model import GPT, ngram_vectors
 from quill.cli import highlight
 from quill.data.tokenizers import Tokenizer
 from quill.generation import eval_mode, probabilities, stream_tokens
@@ -46,9 +46,13 @@ def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature
         (tokens,) = stream_tokens(model, idx, 1, temperature, top_k, top_p, generator=generator)
     ids, logits = seen["wte"][0].tolist(), seen.pop("lm_head")[1].float()
     vectors = {name: y[-1] for name, (_, y) in seen.items() if not isinstance(places[name], torch.nn.Identity)}
+    added = {}
+    if parts.ngrams is not None:
+        added["ngrams"] = ngram_vectors(idx[:1, -len(ids) :], model.config.ngram, parts.ngrams.weight)[0, -1]
     if parts.wpe is not None:
-        position = {"wpe": parts.wpe.weight[len(ids) - 1], "wte + wpe": seen["ln_e"][0][-1]}
-        vectors = {"wte": vectors["wte"]} | position | vectors
+        added["wpe"] = parts.wpe.weight[len(ids) - 1]
+    if added:
+        vectors = {"wte": vectors["wte"]} | added | {" + ".join(["wte", *added]): seen["ln_e"][0][-1]} | vectors
     probs = probabilities(logits[None], temperature, top_k, top_p)
     # torch.multinomial draws these numbers too, and then takes the token with the largest probability / number.
     numbers = probs.repeat(len(idx), 1).exponential_(generator=again)[0]

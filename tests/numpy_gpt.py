@@ -40,6 +40,17 @@ def turn(vector, t):
     return out
 
 
+def ngrams(ids, table, longest):
+    """The rows of a table for the last 2, 3, … ids, one after the other; 0 stands for those that are missing."""
+    out = []
+    for n in range(2, longest + 1):
+        row, *earlier = [*ids.tolist()[::-1], *[0] * n][:n]
+        for i in earlier:
+            row = (row * 1_000_003 + i) % len(table)
+        out += table[row].tolist()
+    return out
+
+
 def attention(x, w, name, config):
     T, C = x.shape
     D = C // config.n_head
@@ -79,6 +90,8 @@ def mlp(x, w, name, config):
 def forward(idx, w, config):
     """One sequence of ids (T,) → logits (T, V). `w`: GPT-2's parameter names → float64 arrays."""
     x = w["transformer.wte.weight"][idx]
+    if config.ngram:
+        x = x + [ngrams(idx[: t + 1], w["transformer.ngrams.weight"], config.ngram) for t in range(len(idx))]
     if config.position == "learned":
         x = x + w["transformer.wpe.weight"][: len(idx)]
     if config.norm_embedding:

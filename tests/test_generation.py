@@ -40,6 +40,15 @@ def test_the_cache_draws_what_the_plain_model_draws(position, norm, device):
             assert cached.shape == (3, length + 30) and torch.equal(cached[:, :length], prompt)
 
 
+@pytest.mark.parametrize("ngram", [2, 5, 17])  # 17 is longer than a block
+def test_the_cache_draws_what_the_plain_model_draws_with_ngrams(ngram, device):
+    model = make(ngram=ngram, ngram_rows=97, device=device)
+    torch.nn.init.normal_(model.transformer.ngrams.weight)  # it starts at 0
+    for length in (1, 8, 20):
+        prompt = tokens(3, length, device=device)
+        assert torch.equal(generate(model, prompt, 30, top_k=1), model.generate(prompt, 30, top_k=1))
+
+
 def test_a_model_without_layers_generates():
     model = make(n_layer=0)
     assert torch.equal(generate(model, tokens(2, 3), 20, top_k=1), model.generate(tokens(2, 3), 20, top_k=1))

@@ -31,6 +31,7 @@ SHAPES = {
     "layernorm, rope, relu": {"position": "rope", "activation": "relu"},
     "no residual": {"residual": False},
     "norm of the embeddings, none at the end": {"norm_embedding": True, "norm_final": False},
+    "n-grams": {"ngram": 5, "ngram_rows": 37},
     "attention only": {"mlp_ratio": 0, "norm": "none", "residual": False, "n_layer": 1},
     "bigram": {"n_layer": 0, "position": "none", "norm": "none", "tie_weights": False},
 }
@@ -235,6 +236,8 @@ class Config:
     norm_final: bool = True
     activation: str = "gelu"
     position: str = "learned"
+    ngram: int = 0
+    ngram_rows: int = 16384
     mlp_ratio: float = 4.0
     residual: bool = True
     tie_weights: bool = True

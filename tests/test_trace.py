@@ -21,6 +21,8 @@ SHAPES = {
     "no positions, untied": {"position": "none", "tie_weights": False},
     "norm of the embedding": {"norm_embedding": True, "norm_final": False},
     "no norm, no residual": {"norm": "none", "residual": False, "init_std": 0.2},
+    "n-grams": {"ngram": 3, "ngram_rows": 37},
+    "n-grams, rope": {"ngram": 5, "ngram_rows": 37, "position": "rope"},
     "bigram": {"n_layer": 0, "n_head": 1, "position": "none", "norm": "none"},
 }
 
@@ -40,6 +42,8 @@ def draw(model, idx, seed=0, **options):
 def test_numbers_are_the_models(shape, device):
     """Logits against the numpy reference; the vectors add up, and the last one times lm_head is the logits."""
     config, model = make(**shape)
+    if config.ngram:
+        torch.nn.init.normal_(model.transformer.ngrams.weight)  # it starts at 0
     model = cpu.speed_up(model.to(device))
     weights = {name: value.double().cpu().numpy() for name, value in model.state_dict().items()}
     idx = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]], device=device)  # longer than a block
@@ -48,11 +52,16 @@ def test_numbers_are_the_models(shape, device):
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     np.testing.assert_allclose(path.logits, numpy_gpt.forward(np.array(path.ids), weights, config)[-1], atol=2e-5)
     np.testing.assert_allclose(path.vectors["wte"], weights["transformer.wte.weight"][3])
-    names = ["wte"] + (["wpe", "wte + wpe"] if config.position == "learned" else [])
+    names = ["wte"] + ["ngrams"] * bool(config.ngram) + ["wpe"] * (config.position == "learned")
+    if config.ngram:
+        expected = numpy_gpt.ngrams(np.array(path.ids), weights["transformer.ngrams.weight"], config.ngram)
+        np.testing.assert_allclose(path.vectors["ngrams"], expected, rtol=1e-6, atol=1e-6)
     if config.position == "learned":
         np.testing.assert_allclose(path.vectors["wpe"], weights["transformer.wpe.weight"][7])
-        together = np.add(path.vectors["wte"], path.vectors["wpe"])
-        np.testing.assert_allclose(path.vectors["wte + wpe"], together, rtol=1e-6, atol=1e-6)
+    if len(names) > 1:
+        together = np.sum([path.vectors[name] for name in names], axis=0)
+        np.testing.assert_allclose(path.vectors[" + ".join(names)], together, rtol=1e-6, atol=1e-6)
+        names.append(" + ".join(names))
     names += ["ln_e"] * config.norm_embedding + [f"block {i}" for i in range(config.n_layer)]
     names += ["ln_f"] * (config.norm_final and config.norm != "none")
     assert list(path.vectors) == names

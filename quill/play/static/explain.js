@@ -65,11 +65,12 @@ export function start(code) {
 }
 
 /** What a model with these options computes, step by step: the lessons leave parts out. */
-function formulaOf({ n_layer, position, norm, norm_embedding, norm_final, residual, mlp_ratio }) {
+function formulaOf({ n_layer, position, ngram, norm, norm_embedding, norm_final, residual, mlp_ratio }) {
   const normed = (wanted) => (wanted && norm !== "none" ? "norm(x)" : "x");
   const add = residual ? "x + " : "";
   const mlp = mlp_ratio ? `   x ← ${add}MLP(${normed(true)});` : "";
-  const lines = [`x = wte[token]${position === "learned" ? " + wpe[position]" : ""}`];
+  const added = `${ngram ? " + ngrams[tokens]" : ""}${position === "learned" ? " + wpe[position]" : ""}`;
+  const lines = [`x = wte[token]${added}`];
   if (norm_embedding && norm !== "none") lines.push("x ← norm(x)");
   if (n_layer)
     lines.push(`x ← ${add}attention(${normed(true)});${mlp}   in each of ${n_layer} block${n_layer > 1 ? "s" : ""}`);
