@@ -6,7 +6,6 @@
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
     python -m bench start                           # time from the command to the first step, without `import torch`
     python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
-    python -m bench threads                         # --threads=auto beside one thread and all, quiet and busy
     python -m bench counts                          # the loss of a die, of counted characters and of counted pairs
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
     python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
@@ -32,7 +31,6 @@ from bench import peers
 from bench.compare import compare
 from bench.ladder import counts, ladder
 from bench.measure import ROOT, Line, hardware
-from bench.threads import threads
 from quill.cli import read_args, run
 from quill.errors import UserError
 from quill.files import replacing
@@ -45,7 +43,6 @@ SPEED = {
     "generate": peers.generate,
     "start": peers.start,
     "prepare": peers.prepare,
-    "threads": threads,
     "counts": counts,
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too

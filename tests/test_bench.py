@@ -20,7 +20,6 @@ import sample
 import train
 from bench import __main__ as bench
 from bench import generation, measure, peers
-from bench import threads as threads_bench
 from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import counts, draw
 from quill.cli import read_config_file
@@ -274,7 +273,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, generate, start, prepare, threads, counts, ladder, compare, replay, faults"),
+        ([], "give one of train, loss, generate, start, prepare, counts, ladder, compare, replay, faults"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
@@ -296,26 +295,3 @@ def test_mistakes(argv, words):
     with pytest.raises(UserError) as error:
         bench.main(argv)
     assert words in str(error.value)
-
-
-def test_threads_takes_the_better_of_one_and_all(monkeypatch, capsys):
-    """The peer of each round is the faster of one thread and all, and only one half of the rounds has a busy core."""
-    speeds, alive = {1: [5.0, 3.0], "auto": [4.0, 6.0], 8: [2.0, 4.0]}, []
-    programs = []
-    popen = subprocess.Popen
-
-    def start(*args, **options):
-        programs.append(popen(*args, **options))
-        return programs[-1]
-
-    def speed(path, steps, config, number):
-        alive.append(any(program.poll() is None for program in programs))
-        return speeds[number][len(alive) % 6 > 3 or len(alive) % 6 == 0]
-
-    monkeypatch.setattr(threads_bench, "speed", speed)
-    monkeypatch.setattr(threads_bench.torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(threads_bench.subprocess, "Popen", start)
-    lines = threads_bench.threads(BenchConfig(pairs=2))
-    assert [line["ratio"] for line in lines] == [[4 / 5, 6 / 4]] * 4
-    assert alive == [False] * 12 + [True] * 12
-    assert all(program.poll() is not None for program in programs) and len(programs) == 2
