@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure import Line, machine_options, span, train_or_resume
+from bench.measure import Line, span, train_or_resume
 from quill.cli import read_config_file
 from quill.errors import UserError
 from quill.options import BenchConfig, TrainConfig
@@ -23,20 +23,14 @@ def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> lis
     runs: dict[str, list[Line]] = {path: [] for path in paths}
     for seed in range(1, config.seeds + 1):
         for path in paths:
-            options = given | {"seed": seed, "data_dir": config.data_dir} | machine_options(config)
-            name = Path(path).stem
-            rows = train_or_resume(path, f"{config.out_dir}/compare/{name}-{seed}", options)
-            run = {
-                "seed": seed,
-                "val_loss": float(rows[-1]["val_loss"]),
-                "tokens_per_s": statistics.median(float(row["tokens_per_s"]) for row in rows),
-                "seconds": float(rows[-1]["seconds"]),
-            }
+            run = train_or_resume(Path(path), seed, given, "compare", config)
             runs[path].append(run)
-            print(f"{name}, seed {seed}: val loss {run['val_loss']:.4f}", flush=True)
-    for path in paths:
-        print(summary(Path(path).stem, runs[path]))
+            print(f"{Path(path).stem}, seed {seed}: val loss {run['val_loss']:.4f}", flush=True)
     a, b = ([run["val_loss"] for run in runs[path]] for path in paths)
+    for path, losses in zip(paths, (a, b), strict=True):
+        loss = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+        speeds, seconds = (span([run[key] for run in runs[path]]) for key in ("tokens_per_s", "seconds"))
+        print(f"{Path(path).stem}: val loss {loss}, {speeds} tokens/s, {seconds} s")
     difference, margin = paired_difference(a, b)
     words = verdict(Path(paths[0]).stem, Path(paths[1]).stem, difference, margin)
     print(f"{words} (val loss, 95 % interval, {config.seeds} pairs)")
@@ -54,14 +48,6 @@ def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfi
     datasets = {TrainConfig(**(read_config_file(path, TrainConfig) | given)).dataset for path in paths}
     if len(datasets) > 1:
         raise UserError(f"{both}: losses on {' and '.join(sorted(datasets))} can't be compared")
-
-
-def summary(name: str, runs: list[Line]) -> str:
-    """Describe one config's runs in a line: mean and deviation of the loss, median and range of speed and time."""
-    losses = [run["val_loss"] for run in runs]
-    speeds, seconds = span([run["tokens_per_s"] for run in runs]), span([run["seconds"] for run in runs])
-    loss = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
-    return f"{name}: val loss {loss}, {speeds} tokens/s, {seconds} s"
 
 
 def verdict(a: str, b: str, difference: float, margin: float) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT, Line, machine_options, train_or_resume
+from bench.measure import ROOT, Line, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
@@ -55,13 +55,8 @@ def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> list[Line]
 
 def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
     """Train one config with `config.seeds` seeds."""
-    runs, out_dir = [], ""
-    for seed in range(1, config.seeds + 1):
-        out_dir = f"{config.out_dir}/ladder/{path.stem}-{seed}"
-        options = given | {"seed": seed, "data_dir": config.data_dir} | machine_options(config)
-        last = train_or_resume(path, out_dir, options)[-1]
-        runs.append({"seed": seed, "val_loss": float(last["val_loss"]), "seconds": float(last["seconds"])})
-    best = Path(out_dir) / "best.pt"
+    runs = [train_or_resume(path, seed, given, "ladder", config) for seed in range(1, config.seeds + 1)]
+    best = Path(config.out_dir) / "ladder" / f"{path.stem}-1" / "best.pt"
     losses = [run["val_loss"] for run in runs]
     return {
         "rung": path.stem,
@@ -81,8 +76,7 @@ def draw(lines: list[Line]) -> str:
     def x(loss):
         return round(LEFT + (loss - low) / (high - low) * (WIDTH - LEFT - 70), 1)
 
-    height = ROW * (len(lines) + 2)
-    parts = []
+    height, parts = ROW * (len(lines) + 2), []
     for i in range(round((high - low) * 2) + 1):
         at, label = x(low + i / 2), f"{low + i / 2:.1f}"
         parts.append(f'<path d="M{at} {ROW - 8}V{height - ROW}" stroke="#8884"/>')
@@ -95,8 +89,13 @@ def draw(lines: list[Line]) -> str:
         parts.append(f'<path d="M{x(min(own))} {y}H{x(max(own))}" stroke="#c73" stroke-width="5"/>')
         parts.append(f'<circle cx="{x(line["val_loss"])}" cy="{y}" r="5" fill="#36c"/>')
         parts.append(f'<text x="{x(line["val_loss"]) + 12}" y="{y + 5}">{line["val_loss"]:.3f}</text>')
+    return picture("The ladder", TITLE, WIDTH, height, parts)
+
+
+def picture(name: str, title: str, width: int, height: int, parts: list[str]) -> str:
+    """Return an SVG file with `title` above its `parts`."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">\n'
-        f"<title>The ladder: {TITLE}</title>\n<style>{STYLE}</style>\n"
-        f'<text x="12" y="16" class="small">{TITLE}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
+        f"<title>{name}: {title}</title>\n<style>{STYLE}</style>\n"
+        f'<text x="12" y="16" class="small">{title}</text>\n' + "\n".join(parts) + "\n</svg>\n"
     )

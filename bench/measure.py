@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import platform
 import re
 import statistics
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 
+from model import GPT
 from quill import checkpoint
 from quill.cli import read_config_file
+from quill.data.corpora import CORPORA, locate
 from quill.errors import UserError
 from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
@@ -25,7 +28,6 @@ from quill.options import BenchConfig, TrainConfig
 ROOT = Path(__file__).parent.parent
 
 LESS_IS_BETTER = ("s", "nats")  # units; of others, such as tokens/s, more is better
-
 Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
 
 
@@ -66,24 +68,42 @@ def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[
         return seconds, read_metrics(folder)
 
 
-def train_or_resume(path: str | Path, out_dir: str, options: dict[str, Any]) -> list[dict[str, str]]:
-    """Train config `path` with `options` in `out_dir`, or resume the run there. → rows of metrics.csv
+def write_text(path: Path, size: float, config: BenchConfig) -> float:
+    """Write Tiny Shakespeare again and again, until the file has `size` MB or more. → how many it has"""
+    corpus = locate(CORPORA["shakespeare_char"], data_dir=config.data_dir).read_bytes()
+    with open(path, "wb") as file:
+        file.writelines([corpus] * math.ceil(size * 1e6 / len(corpus)))
+    return path.stat().st_size / 1e6
+
+
+def outline(options: dict[str, Any], vocab_size: int = 65) -> GPT:
+    """Return the model of a training, without memory for its weights, to count its parameters and FLOPs."""
+    with torch.device("meta"):
+        return GPT(TrainConfig(**options), vocab_size)
+
+
+def train_or_resume(path: Path, seed: int, given: dict[str, Any], folder: str, config: BenchConfig) -> Line:
+    """Train config `path` with the options `given` in a folder of `--out_dir`/`folder`, or resume the run there.
 
     A run that is finished is not trained again. Raise a UserError if the folder has a run with other options.
+    → the run's seed, last validation loss, seconds and median speed
     """
-    options = options | {"out_dir": out_dir, "init_from": "auto"}
-    last = Path(out_dir) / "last.pt"
-    if last.is_file():
-        state = checkpoint.load(last)
-        held = state["config"]
+    out_dir = f"{config.out_dir}/{folder}/{path.stem}-{seed}"
+    options = given | {"seed": seed, "data_dir": config.data_dir, "out_dir": out_dir, "init_from": "auto"}
+    options |= machine_options(config)
+    held, finished = Path(out_dir) / "last.pt", False
+    if held.is_file():
+        state = checkpoint.load(held)
         wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
         may_differ = ("init_from", "device", "data_dir", "out_dir")
-        if other := [key for key in wanted if key not in may_differ and held.get(key) != wanted[key]]:
+        if other := [key for key in wanted if key not in may_differ and state["config"].get(key) != wanted[key]]:
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
-        if state["step"] >= wanted["max_iters"]:
-            return read_metrics(out_dir)
-    process(["train.py", path, *as_flags(options)])
-    return read_metrics(out_dir)
+        finished = state["step"] >= wanted["max_iters"]
+    if not finished:
+        process(["train.py", path, *as_flags(options)])
+    rows = read_metrics(out_dir)
+    speed = statistics.median(float(row["tokens_per_s"]) for row in rows)
+    return {"seed": seed, "tokens_per_s": speed} | {key: float(rows[-1][key]) for key in ("val_loss", "seconds")}
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, str]]:
@@ -114,10 +134,9 @@ def hardware(config: BenchConfig) -> str:
     machine = pick_machine(config)
     if machine.device.type != "cpu":
         return f"{machine.name}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        name = names[0] if names else name
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
 
 
@@ -136,7 +155,7 @@ def report(what: str, unit: str, ours: list[float], peer: Sequence[float] = ()) 
     line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
     text = f"{what}: {span(ours)} {unit}"
     if peer:
-        line["ratio"] = [b / a if unit in LESS_IS_BETTER else a / b for a, b in zip(ours, peer, strict=True)]
+        line["ratio"] = [b / a if unit in ("s", "nats") else a / b for a, b in zip(ours, peer, strict=True)]
         text += f", peer {span(peer)}, ratio {span(line['ratio'])}"
     print(f"{text} (n = {len(ours)})", flush=True)
     return line
