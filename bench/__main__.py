@@ -4,10 +4,10 @@
     python -m bench loss --peer=../nanoGPT          # nanoGPT's laptop recipe: time of the whole process, best loss
     python -m bench replay --peer=../nanoGPT        # compare the losses of both from the same weights and batches
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
-    python -m bench start                           # time from the command to the first step, without `import torch`
     python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
     python -m bench counts                          # the loss of a die, of counted characters and of counted pairs
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
+    python -m bench growth                          # time against size of text, model, context …; docs/growth.svg
     python -m bench compare config/a.py config/b.py --seeds=5 --max_iters=500
     python -m bench faults                          # break quill on purpose: hours; kill, damage … for some of it
     python -m bench faults kill:adamw-3             # repeat one case
@@ -29,6 +29,7 @@ from typing import Any
 
 from bench import peers
 from bench.compare import compare
+from bench.growth import growth
 from bench.ladder import counts, ladder
 from bench.measure import ROOT, Line, hardware
 from quill.cli import read_args, run
@@ -41,9 +42,9 @@ SPEED = {
     "train": peers.train,
     "loss": peers.recipe,
     "generate": peers.generate,
-    "start": peers.start,
     "prepare": peers.prepare,
     "counts": counts,
+    "growth": growth,
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
 CHECKS = ["replay", "faults"]  # see run_check

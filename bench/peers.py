@@ -1,32 +1,22 @@
-"""Compare quill and nanoGPT: training, generation, a recipe from start to end, start-up, preparing text.
+"""Compare quill and nanoGPT: training, generation, a recipe from start to end, preparing text.
 
 The peer is a checkout of nanoGPT, which is not part of quill. Without one, quill is measured alone.
 """
 
-import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from bench import measure
 from bench.measure import Line, as_flags, in_turn, machine_options, on_gpu, peer_machine_options, process, report
-from model import GPT
-from quill.errors import UserError
 from quill.machine import pick_machine
-from quill.options import BenchConfig, ModelConfig
+from quill.options import BenchConfig
 
 PEER_CONFIG = "config/train_shakespeare_char.py"  # nanoGPT's config for Tiny Shakespeare
 # The models that are measured: two of nanoGPT's recipes, and GPT-2's smallest.
@@ -75,22 +65,20 @@ def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
 def gpt2(
     config: BenchConfig, shape: dict[str, Any] = GPT2, ids: int = GPT2_IDS, batch_size: int = 16, steps: int = 100
 ) -> list[Line]:
-    """Measure our training at GPT-2's shape on random tokens: tokens per second, and their share of the peak (MFU)."""
+    """Measure our training at GPT-2's shape on any tokens: tokens per second, and their share of the peak (MFU)."""
     options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
-    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "random"} | machine_options(config)
+    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "ids"} | machine_options(config)
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "random.txt"
-        # Each id once, to complete the vocabulary, then random ones. From U+10000 on, there are no surrogates.
-        drawn = np.concatenate([np.arange(ids), np.random.default_rng(0).integers(ids, size=20 * ids)])
-        text.write_text("".join(chr(0x10000 + number) for number in drawn.tolist()), encoding="utf-8")
-        process(["prepare.py", f"--input={text}", "--dataset=random", f"--data_dir={folder}"])
+        text = Path(folder) / "ids.txt"
+        # Every id in order, again and again. From U+10000 on, there are no surrogates.
+        text.write_text("".join(map(chr, range(0x10000, 0x10000 + ids))) * 21, encoding="utf-8")
+        process(["prepare.py", f"--input={text}", "--dataset=ids", f"--data_dir={folder}"])
         runs = [measure.train(options | {"data_dir": folder})[1] for _ in range(config.pairs)]
     speeds = [float(rows[-1]["tokens_per_s"]) for rows in runs]  # of the second half; the first includes compiling
     machine = pick_machine(config)
-    lines = [report("training, 124M shape, random tokens", "tokens/s", speeds)]
+    lines = [report("training, 124M shape", "tokens/s", speeds)]
     if machine.peak_flops:
-        with torch.device("meta"):
-            flops = GPT(ModelConfig(**shape), ids).flops_per_token()
+        flops = measure.outline(shape, ids).flops_per_token()
         shares = [speed * flops / machine.peak_flops for speed in speeds]
         lines.append(report("MFU of that", "of the data sheet's half-precision peak", shares))
     return lines
@@ -160,37 +148,11 @@ def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
     return seconds, float(printed[1])
 
 
-def start(config: BenchConfig) -> list[Line]:
-    """Measure from the command to the end of the first step, on prepared data, without the time of `import torch`."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
-        options |= {"gradient_accumulation_steps": 1, "overwrite": True, "out_dir": folder, "max_iters": 10**6}
-
-        def ours():
-            began = time.perf_counter()
-            argv = [sys.executable, "train.py", *as_flags(options)]
-            with subprocess.Popen(argv, cwd=measure.ROOT, stdout=subprocess.PIPE, text=True) as training:
-                assert training.stdout
-                if not any(line.startswith("step 1/") for line in training.stdout):
-                    raise UserError("start: train.py ended before its first step")
-                seconds = time.perf_counter() - began
-                training.kill()
-            return seconds - process(["-c", "import torch"])[0]
-
-        seconds = [ours() for _ in range(config.pairs)]
-    return [report("start-up to the first step, without import torch", "s", seconds)]
-
-
 def prepare(config: BenchConfig) -> list[Line]:
     """Measure the whole process that turns 100 MB, copies of Tiny Shakespeare, into train.bin and val.bin."""
-    corpora = os.environ.get("QUILL_CORPORA")
-    if not corpora:
-        raise UserError("prepare: set the environment variable QUILL_CORPORA to the folder of tinyshakespeare.txt")
-    corpus = (Path(corpora) / "tinyshakespeare.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "input.txt"
-        text.write_text(corpus * math.ceil(100e6 / len(corpus)), encoding="utf-8")
-        size = text.stat().st_size / 1e6
+        size = measure.write_text(text, 100, config)
 
         def ours():
             return process(["prepare.py", f"--input={text}", "--dataset=x", f"--data_dir={folder}"])[0]

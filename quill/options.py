@@ -298,7 +298,8 @@ class BenchConfig(SystemConfig, heading="Benchmarks"):
     pairs: int = option(5, "how many times quill and nanoGPT each run; they alternate", at_least=1)
     seeds: int = option(3, "for `bench compare` and `bench ladder`: number of seeds for each config", at_least=1)
     recipe: str = option("config/shakespeare_char_cpu.py", "for `bench loss` and `bench faults`: the config to run")
-    quick: bool = option(False, "for `bench faults`: a few cases of each campaign")
+    quick: bool = option(False, "for `bench faults` and `bench growth`: a few cases of each campaign, two sizes")
+    gigabytes: int = option(1, "for `bench growth`: the largest text; the disk needs three times as much", at_least=1)
     data_dir: str = option("data", "folder of the prepared datasets")
     out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")
 

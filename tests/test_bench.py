@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import needs_corpora
 
@@ -19,12 +20,13 @@ import prepare
 import sample
 import train
 from bench import __main__ as bench
-from bench import generation, measure, peers
+from bench import generation, growth, measure, peers
 from bench.compare import paired_difference, t_quantile, verdict
 from bench.ladder import counts, draw
 from quill.cli import read_config_file
 from quill.data import token_files
 from quill.errors import UserError
+from quill.generation import LayerCache
 from quill.optimizer import learning_rate
 from quill.options import BenchConfig, TrainConfig
 from tests import replay
@@ -273,7 +275,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, generate, start, prepare, counts, ladder, compare, replay, faults"),
+        ([], "give one of train, loss, generate, prepare, counts, growth, ladder, compare, replay, faults"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
@@ -284,7 +286,10 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["replay", "--dtype=bfloat16"], "it takes no cases and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
-        (["start", "--pairs=0"], "--pairs=0"),
+        (["prepare", "--pairs=0"], "--pairs=0"),
+        (["growth", "--gigabytes=0"], "--gigabytes=0"),
+        (["growth", "training"], "training: python -m bench growth takes options only"),
+        (["growth", "--n_layer=3"], "--n_layer=3: not an option of python -m bench growth"),
         (["compare", "config/names.py", "config/gpt2.py"], "losses on names and openwebtext can't be compared"),
         (["compare", "config/names.py", "config/names32k.py", "--seeds=1"], "two seeds or more"),
         (["compare", "config/names.py", "config/names32k.py", "--seed=7"], "--seed: not with python -m bench compare"),
@@ -295,3 +300,120 @@ def test_mistakes(argv, words):
     with pytest.raises(UserError) as error:
         bench.main(argv)
     assert words in str(error.value)
+
+
+def test_power_is_numpy_s_slope():
+    sizes, rng = np.array([1.0, 3, 10, 200]), np.random.default_rng(0)
+    for exponent in (-1.0, 0.5, 2.0):
+        values = sizes**exponent * rng.uniform(0.5, 2, 4)
+        slope = np.polyfit(np.log(sizes), np.log(values), 1)[0]
+        assert growth.power(sizes.tolist(), values.tolist()) == pytest.approx(slope, rel=1e-12)
+    assert growth.power([1, 10, 100], [5, 5, 5]) == 0
+
+
+@pytest.mark.parametrize(
+    "power, expected, verdict",
+    [(0.86, 1.0, "within"), (0.84, 1.0, "NOT within"), (1.16, 1.0, "NOT within"), (0.25, 0.2, "NOT within")]
+    + [(0.14, 0.0, "within"), (-0.16, 0.0, "NOT within")],
+)
+def test_a_power_is_close_within_a_share_or_where_a_constant_is_expected_within_that_power(power, expected, verdict):
+    line = {"what": "", "by": "", "sizes": [1, 2], "seconds": [1, 2], "power": power, "expected": expected}
+    assert growth.describe(line)[2].endswith(f": {verdict} 15 %")
+
+
+@pytest.fixture
+def two_series(monkeypatch):
+    """Stand-ins for the measurements. → the sizes that were measured"""
+    measured = []
+
+    def points(cost, seconds):
+        for size in (1, 10, 1000):
+            measured.append(size)
+            yield size, cost(size), seconds(size)
+
+    def list_series(config, folder):
+        yield "walk", "miles", points(lambda size: 7 * size, lambda size: 2 * size)
+        yield "wait", "m", points(lambda size: 1, lambda size: size**0.5)
+
+    monkeypatch.setattr(growth, "list_series", list_series)
+    return measured
+
+
+def test_growth_is_measured_and_drawn_to_scale(two_series, tmp_path, monkeypatch, capsys):
+    """A series of power 1 follows its line; of one that should be constant, the dots rise half as far as they go."""
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    bench.main(["growth", f"--out_dir={tmp_path}"])
+    walk, wait = json.loads((tmp_path / "growth.json").read_text(encoding="utf-8"))["results"]
+    assert (walk["power"], walk["expected"]) == pytest.approx((1, 1)) and walk["seconds"] == [2, 20, 2000]
+    assert (wait["power"], wait["expected"]) == pytest.approx((0.5, 0)) and wait["sizes"] == [1, 10, 1000]
+    out = capsys.readouterr().out
+    assert "walk, 1 to 1,000 miles, 2 to 2e+03 s, power 1.00, expected 1.00: within 15 %\n" in out
+    assert "power 0.50, expected 0.00: NOT within 15 %\n" in out
+    picture = xml.etree.ElementTree.parse(tmp_path / "docs" / "growth.svg").getroot()
+    for panel, rise in zip(picture.iter("{http://www.w3.org/2000/svg}g"), (1, 0.5), strict=True):
+        dots = [(float(dot.get("cx")), -float(dot.get("cy"))) for dot in panel if dot.tag.endswith("circle")]
+        assert [x for x, _ in dots] == [0, 60, 180] and [y for _, y in dots] == [rise * x for x, _ in dots]
+        curve = next(line.get("points") for line in panel if line.tag.endswith("polyline"))
+        assert curve == ("0.0,-0.0 60.0,-60.0 180.0,-180.0" if rise == 1 else "0.0,-0.0 60.0,-0.0 180.0,-0.0")
+
+
+@pytest.mark.parametrize("flag, measured", [("--quick", [1, 10] * 2), ("--dtype=float32", [1, 10, 1000] * 2)])
+def test_a_growth_that_is_not_as_shipped_is_not_drawn_into_docs(two_series, tmp_path, monkeypatch, flag, measured):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    bench.main(["growth", flag, f"--out_dir={tmp_path / 'out'}"])
+    assert two_series == measured
+    assert (tmp_path / "out" / "growth.svg").is_file() and not (tmp_path / "docs").exists()
+
+
+def test_what_generating_reads_is_counted(in_process, monkeypatch):
+    """The formula beside the keys and values that the cache returned; the formula's mean is a token short."""
+    read, append = [], LayerCache.append
+
+    def count(self, k, v):
+        keys, values = append(self, k, v)
+        read.append(keys.numel() + values.numel())
+        return keys, values
+
+    monkeypatch.setattr(LayerCache, "append", count)
+    monkeypatch.setattr(growth, "MEDIUM", {"n_layer": 3, "n_head": 2, "n_embd": 16})
+    cost, seconds = growth.generation(4, 60, 64, BenchConfig(device="cpu", dtype="float32"))
+    last = read[-60 * 3 :]  # without the warm-up
+    weights = 3 * (12 * 16 * 16 + 2 * 16) + 65 * 16 + 16  # blocks, lm_head, final norm
+    assert cost == pytest.approx(60 * weights + sum(last) * 60 / 61) and seconds > 0
+
+
+def test_a_step_of_growth_by_hand(monkeypatch):
+    """Its cost is that of `flops_per_token`, and its time is that of the last evaluation's half of the run."""
+    asked = {}
+
+    def train(options):
+        asked.update(options)
+        return 99.0, [{"tokens_per_s": "1"}, {"tokens_per_s": "1024"}]
+
+    monkeypatch.setattr(measure, "train", train)
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
+    flops, seconds = growth.step(shape | {"data_dir": "x"})
+    assert flops == 6 * (65 * 8 + 12 * 8 * 8 + 3 * 8) + 12 * 8 * 16 and seconds == growth.TOKENS / 1024
+    assert asked["batch_size"] * asked["block_size"] == growth.TOKENS and asked["gradient_accumulation_steps"] == 1
+    assert asked["max_iters"] == 2 * asked["eval_interval"] >= 6
+
+
+@needs_corpora
+def test_a_text_of_copies(tmp_path):
+    size = measure.write_text(tmp_path / "text", 2, BenchConfig())
+    text = (tmp_path / "text").read_bytes()
+    assert size == len(text) / 1e6 >= 2 and text == text[: len(text) // 2] * 2
+
+
+@pytest.mark.slow
+@needs_corpora
+def test_growth_of_the_smallest_sizes(tmp_path):
+    """Every series for real, at its first two sizes."""
+    bench.main(["growth", "--quick", f"--out_dir={tmp_path}"])
+    lines = json.loads((tmp_path / "growth.json").read_text(encoding="utf-8"))["results"]
+    assert len(lines) == 6 and all(len(line["seconds"]) == 2 and min(line["seconds"]) > 0 for line in lines)
+    assert all(0 <= line["expected"] < 1.1 for line in lines)
+    assert lines[0]["power"] > 0 and lines[2]["power"] > 0.3  # ten times the text, nine times the parameters
+    picture = xml.etree.ElementTree.parse(tmp_path / "growth.svg").getroot()
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 12

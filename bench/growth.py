@@ -1,0 +1,118 @@
+"""How cost grows with size: preparing a text, training and generating, each at sizes that are far apart.
+
+A point is (size, cost, seconds): what grows, its cost by a formula in any unit, and the time measured. The *power* of a
+series is the slope of log seconds over log size: 1 if twice the size takes twice the time. It should be the cost's.
+"""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bench import measure
+from bench.ladder import picture
+from bench.measure import Line, outline
+from quill.data.token_files import prepare
+from quill.files import replacing
+from quill.options import BenchConfig
+
+TOKENS, CONTEXTS = 2048, (64, 128, 256, 512, 1024)  # tokens in a training step, and in a row of it
+SMALL, MEDIUM = {"n_layer": 4, "n_head": 4, "n_embd": 128}, {"n_layer": 6, "n_head": 6, "n_embd": 384}
+ONCE = {"max_iters": 1, "gradient_accumulation_steps": 1, "eval_iters": 1, "final_samples": 0}  # one step, quickly
+TO_126M = [(2, 1, 64), (5, 2, 128), (6, 6, 384), (8, 10, 640), (10, 16, 1024)]  # models from 0.1M parameters on
+
+
+def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, Iterator[tuple[float, float, float]]]]:
+    """Yield what is measured, what grows, and the points. A point is measured when it is taken from its iterator."""
+    texts = sorted({1, 10, 100, 1000, 1000 * config.gigabytes})
+    data = {"data_dir": str(folder), "dataset": "1"} | measure.machine_options(config)
+    yield "prepare a text", "MB", ((n, n, prepare_seconds(n, folder, config)) for n in texts)
+    yield "start a training", "MB of text", ((n, 1, start_seconds(SMALL | data | {"dataset": n})) for n in texts)
+    models = (dict(zip(SMALL, numbers, strict=True)) | {"block_size": 256} for numbers in TO_126M)
+    yield "training step", "parameters", ((outline(model).num_params(), *step(model | data)) for model in models)
+    yield "training step", "tokens of context", ((T, *step(SMALL | data | {"block_size": T})) for T in CONTEXTS)
+    yield "generate a text", "tokens", ((T, *generation(1, T, 4096, config)) for T in (256, 512, 1024, 2048, 4096))
+    yield "generate 256 tokens", "texts at once", ((B, *generation(B, 256, 256, config)) for B in (1, 4, 16, 64))
+
+
+def prepare_seconds(size: int, folder: Path, config: BenchConfig) -> float:
+    """Prepare `size` MB of text as the dataset `size` in `folder`, with characters as tokens. → seconds"""
+    measure.write_text(folder / "text", size, config)
+    began = time.perf_counter()
+    prepare(folder / "text", folder / str(size))
+    return time.perf_counter() - began
+
+
+def start_seconds(options: dict[str, Any]) -> float:
+    """Return the time of a whole training that has one step, without that of `import torch`; at least a millisecond."""
+    return max(1e-3, measure.train(options | ONCE)[0] - measure.process(["-c", "import torch"])[0])
+
+
+def step(options: dict[str, Any]) -> tuple[float, float]:
+    """Train with TOKENS tokens in a step. → the FLOPs of a token, the mean seconds of a step"""
+    flops = outline(options).flops_per_token()
+    steps = max(3, round(5e11 / (flops * TOKENS)))
+    options = options | {"batch_size": TOKENS // options["block_size"], "max_iters": 2 * steps, "eval_interval": steps}
+    _, rows = measure.train(ONCE | options)
+    return flops, TOKENS / float(rows[-1]["tokens_per_s"])  # of the second half; the first includes the warm-up
+
+
+def generation(rows: int, tokens: int, block_size: int, config: BenchConfig) -> tuple[float, float]:
+    """Generate `rows` texts of `tokens` tokens at once. → how many numbers this reads from memory, its seconds"""
+    shape = MEDIUM | {"position": "rope", "block_size": block_size}
+    cached = rows * 2 * shape["n_layer"] * shape["n_embd"] * tokens / 2  # keys and values, half of them on average
+    options = {"shape": shape, "vocab_size": 65, "batch_size": rows, "tokens": tokens}
+    speed = measure.program("bench.generation", model="quill", **options, **measure.peer_machine_options(config))
+    return tokens * (outline(shape).num_params() + cached), rows * tokens / speed
+
+
+def growth(config: BenchConfig) -> list[Line]:
+    """Measure every series, with `--quick` at its first two sizes only, and draw docs/growth.svg. → a line for each
+
+    With `--quick` or --dtype, the picture goes to `--out_dir`.
+    """
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for what, by, points in list_series(config, Path(folder)):
+            sizes, costs, seconds = zip(*islice(points, 2 if config.quick else None), strict=True)
+            line: Line = {"what": what, "by": by, "sizes": sizes, "costs": costs, "seconds": seconds}
+            lines.append(line | {"power": power(sizes, seconds), "expected": power(sizes, costs)})
+            print(*describe(lines[-1]), sep=", ", flush=True)
+    as_shipped = not config.quick and config.dtype == "auto"
+    with replacing((measure.ROOT / "docs" if as_shipped else Path(config.out_dir)) / "growth.svg") as (file,):
+        file.write(draw(lines).encode())
+    return lines
+
+
+def power(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Return the slope of log `values` over log `sizes`, by least squares."""
+    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, values))).slope
+
+
+def describe(line: Line) -> tuple[str, str, str]:
+    """Return what was measured, from where to where, and whether its power is within 15 % of what is expected."""
+    (first, *_, last), (least, *_, most), expected = line["sizes"], line["seconds"], line["expected"]
+    verdict = "within" if abs(line["power"] - expected) <= 0.15 * (expected or 1) else "NOT within"
+    span = f"{first:,} to {last:,} {line['by']}, {least:.3g} to {most:.3g} s"
+    return line["what"], span, f"power {line['power']:.2f}, expected {expected:.2f}: {verdict} 15 %"
+
+
+def draw(lines: list[Line]) -> str:
+    """Draw a panel for each series, from its first point on. A factor is as many pixels upwards as to the right."""
+    parts = []
+    for i, line in enumerate(lines):
+        scale = 180 / math.log(line["sizes"][-1] / line["sizes"][0])
+        logs = ([scale * math.log(n / line[key][0]) for n in line[key]] for key in ("sizes", "costs", "seconds"))
+        xs, costs, ys = logs
+        curve = " ".join(f"{x:.1f},{-y:.1f}" for x, y in zip(xs, costs, strict=True))
+        parts.append(f'<g transform="translate({30 + i % 3 * 310} {250 + i // 3 * 310})">')
+        parts.append('<path d="M-10 -180V10H200" fill="none" stroke="#8884"/>')
+        parts.append(f'<polyline points="{curve}" fill="none" stroke="#c73" stroke-width="3"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{-y:.1f}" r="5" fill="#36c"/>' for x, y in zip(xs, ys, strict=True)]
+        words = enumerate(describe(line))
+        parts += [*(f'<text x="-10" y="{30 + 16 * j}" class="small">{text}</text>' for j, text in words), "</g>"]
+    return picture("Growth", "time by size, on logarithmic scales: dots are measured, lines expected", 940, 640, parts)
