@@ -4,6 +4,7 @@
     python -m bench loss --peer=../nanoGPT          # nanoGPT's laptop recipe: time of the whole process, best loss
     python -m bench replay --peer=../nanoGPT        # compare the losses of both from the same weights and batches
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
+    python -m bench start                           # time from the command to the first step, without `import torch`
     python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
     python -m bench counts                          # the loss of a die, of counted characters and of counted pairs
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
@@ -42,6 +43,7 @@ SPEED = {
     "train": peers.train,
     "loss": peers.recipe,
     "generate": peers.generate,
+    "start": peers.start,
     "prepare": peers.prepare,
     "counts": counts,
     "growth": growth,

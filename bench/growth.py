@@ -31,7 +31,11 @@ def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, I
     texts = sorted({1, 10, 100, 1000, 1000 * config.gigabytes})
     data = {"data_dir": str(folder), "dataset": "1"} | measure.machine_options(config)
     yield "prepare a text", "MB", ((n, n, prepare_seconds(n, folder, config)) for n in texts)
-    yield "start a training", "MB of text", ((n, 1, start_seconds(SMALL | data | {"dataset": n})) for n in texts)
+    yield (
+        "start a training",
+        "MB of text",
+        ((n, 1, measure.start_seconds(SMALL | data | {"dataset": n})) for n in texts),
+    )
     models = (dict(zip(SMALL, numbers, strict=True)) | {"block_size": 256} for numbers in TO_126M)
     yield "training step", "parameters", ((outline(model).num_params(), *step(model | data)) for model in models)
     yield "training step", "tokens of context", ((T, *step(SMALL | data | {"block_size": T})) for T in CONTEXTS)
@@ -45,11 +49,6 @@ def prepare_seconds(size: int, folder: Path, config: BenchConfig) -> float:
     began = time.perf_counter()
     prepare(folder / "text", folder / str(size))
     return time.perf_counter() - began
-
-
-def start_seconds(options: dict[str, Any]) -> float:
-    """Return the time of a whole training that has one step, without that of `import torch`; at least a millisecond."""
-    return max(1e-3, measure.train(options | ONCE)[0] - measure.process(["-c", "import torch"])[0])
 
 
 def step(options: dict[str, Any]) -> tuple[float, float]:

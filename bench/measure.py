@@ -68,6 +68,21 @@ def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[
         return seconds, read_metrics(folder)
 
 
+def start_seconds(options: dict[str, Any]) -> float:
+    """Return the seconds from `python train.py` to the end of its first step, without those of `import torch`."""
+    with TemporaryDirectory() as folder:
+        options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
+        began = time.perf_counter()
+        argv = [sys.executable, "train.py", *as_flags(options)]
+        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:
+            assert training.stdout
+            if not any(line.startswith("step 1/") for line in training.stdout):
+                raise UserError("train.py ended before its first step")
+            seconds = time.perf_counter() - began
+            training.kill()
+    return max(1e-3, seconds - process(["-c", "import torch"])[0])
+
+
 def write_text(path: Path, size: float, config: BenchConfig) -> float:
     """Write Tiny Shakespeare again and again, until the file has `size` MB or more. → how many it has"""
     corpus = locate(CORPORA["shakespeare_char"], data_dir=config.data_dir).read_bytes()

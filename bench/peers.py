@@ -1,4 +1,4 @@
-"""Compare quill and nanoGPT: training, generation, a recipe from start to end, preparing text.
+"""Compare quill and nanoGPT: training, generation, a recipe from start to end, start-up, preparing text.
 
 The peer is a checkout of nanoGPT, which is not part of quill. Without one, quill is measured alone.
 """
@@ -146,6 +146,13 @@ def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
     printed = re.search(r"val loss ([\d.]+)", out)
     assert printed, out
     return seconds, float(printed[1])
+
+
+def start(config: BenchConfig) -> list[Line]:
+    """Measure from the command to the end of the first step, on prepared data, without the time of `import torch`."""
+    options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
+    seconds = [measure.start_seconds(options) for _ in range(config.pairs)]
+    return [report("start-up to the first step, without import torch", "s", seconds)]
 
 
 def prepare(config: BenchConfig) -> list[Line]:

@@ -275,7 +275,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, generate, prepare, counts, growth, ladder, compare, replay, faults"),
+        ([], "give one of train, loss, generate, start, prepare, counts, growth, ladder, compare, replay, faults"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
         (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
