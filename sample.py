@@ -207,8 +207,7 @@ def main(argv: list[str]) -> None:
     ids, text = encode_text(tokenizer, config, key, path)
     machine = pick_machine(config)
     with memory_limits(machine):
-        # The weights themselves are converted to machine.dtype: most of the time per token goes into reading them.
-        model = cpu.speed_up(checkpoint.load_model(state).to(machine.device, machine.dtype))
+        model = cpu.for_sampling(checkpoint.load_model(state), machine)
         if key == "score":
             print_score(model, tokenizer, ids, text, config, machine)
         elif key == "trace":

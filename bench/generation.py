@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from model import GPT
-from quill.cpu import speed_up
+from quill.cpu import for_sampling
 from quill.generation import generate
 from quill.machine import pick_machine
 from quill.options import ModelConfig, SampleConfig
@@ -30,8 +30,7 @@ Generate = Callable[..., torch.Tensor]  # generate(idx, tokens, temperature=…,
 def quill_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: Any) -> Generate:
     """quill's model, cache and faster layers. The weights have the type `dtype`, as in sample.py."""
     machine = pick_machine(SampleConfig(device=device, dtype=dtype))
-    model = speed_up(GPT(ModelConfig(**shape), vocab_size).eval().to(machine.device, machine.dtype))
-    return partial(generate, model)
+    return partial(generate, for_sampling(GPT(ModelConfig(**shape), vocab_size).eval(), machine))
 
 
 def load_model_module(folder: str) -> Any:

@@ -1,7 +1,8 @@
-"""Faster layers for a CPU that replace those of an existing model, with the same parameters under the same names.
+"""Faster layers for a CPU that replace those of an existing model.
 
-torch's own Linear, Dropout and attention leave much of a CPU unused at the sizes of a small GPT. The classes here
-compute the same functions; docs/records/ has the speed-up of each. Shapes are those of model.py.
+torch's own Linear, Dropout and attention leave much of a CPU unused at the sizes of a small GPT. The classes that
+`speed_up` puts in place compute the same functions, with the same parameters under the same names. Those of
+`for_sampling` store their weights in fewer bits. docs/records/ has the speed-up of each. Shapes are those of model.py.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import GPT, CausalSelfAttention
+from quill.machine import Machine
 
 
 def speed_up(model: GPT) -> GPT:
@@ -20,6 +22,51 @@ def speed_up(model: GPT) -> GPT:
         for module in model.modules():
             module.__class__ = FASTER.get(type(module), type(module))
     return model
+
+
+def for_sampling(model: GPT, machine: Machine) -> GPT:
+    """Move `model` to the machine, with weights of machine.dtype and the faster layers. → `model`, changed in place
+
+    On a CPU, float16 and int8 are the type of the Linear layers' weights, and all the rest computes in float32: to
+    generate a token takes as long as reading these weights, and attention is several times slower in 16 bits.
+    """
+    if machine.device.type != "cpu" or machine.dtype not in SMALLER:
+        return speed_up(model.to(machine.device, machine.dtype))
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, SMALLER[machine.dtype](child))
+    return speed_up(model)
+
+
+class Float16Linear(nn.Module):
+    """A Linear for inference with weights in float16. It multiplies and adds in float32. (…, in) → (…, out)"""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Int8Linear(nn.Module):
+    """A Linear for inference with weights in int8, and a scale for each of its outputs. (…, in) → (…, out)
+
+    The kernel takes bfloat16, adds in float32, and returns bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+        self.weight = (weight / self.scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
+        y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class Dropout(nn.Dropout):
@@ -74,6 +121,9 @@ class Attention(CausalSelfAttention):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # noqa: D102
         T, D = q.shape[-2:]
+        if T == 1 and q.dtype == torch.bfloat16 and not self.training:
+            # Over a cache, the kernel for float32 is four times as fast, the conversion included.
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         dropout = rounded(self.attn_dropout.p) if self.training else 0.0
         if T > 1 and (dropout or (q.dtype == torch.bfloat16 and T <= 512)):
             mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
@@ -84,3 +134,4 @@ class Attention(CausalSelfAttention):
 
 
 FASTER = {nn.Linear: Linear, nn.Dropout: Dropout, CausalSelfAttention: Attention}
+SMALLER = {torch.float16: Float16Linear, torch.int8: Int8Linear}  # the layers of for_sampling

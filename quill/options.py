@@ -204,7 +204,9 @@ class SystemConfig(Checked, heading="The machine"):
         at_least=1,
         below=4097,
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type of matrix products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
+        "auto", "number type of matrix products; int8, and float16 on a CPU, are for generation: they store weights"
+    )
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,10 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     """The options of train.py."""
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
+
+    def _check_group(self) -> None:
+        if self.dtype == "int8":
+            raise UserError("--dtype=int8 is for sample.py: a training step needs a type with fractions")
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""
