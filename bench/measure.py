@@ -136,7 +136,8 @@ def peer_machine_options(config: BenchConfig) -> dict[str, str]:
     """Return the device and dtype of our runs, for the peer, which has no `auto`. On a CPU it always uses float32."""
     machine = pick_machine(config)
     device = machine.device.type if config.device == "auto" else config.device
-    return {"device": device, "dtype": str(machine.dtype).removeprefix("torch.")}
+    on_cpu = machine.device.type == "cpu"
+    return {"device": device, "dtype": "float32" if on_cpu else str(machine.dtype).removeprefix("torch.")}
 
 
 def on_gpu(config: BenchConfig) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from timeit import repeat
 from typing import Any
 
 from bench import measure
@@ -100,14 +101,25 @@ def generate(config: BenchConfig) -> list[Line]:
     ):
         options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
         speed = partial(measure.program, "bench.generation", batch_size=1, **options)
-        ours = partial(speed, model="quill", batch_size=batch_size)
+        ours = partial(speed, model="quill", batch_size=batch_size, dtype=config.dtype)
         theirs = partial(speed, model="nanogpt", peer=config.peer)
         what = f"generation, {name}"
         lines.append(report(f"{what} (peer one at a time)", "tokens/s", *in_turn(config, ours, theirs)))
+        if not on_gpu(config):
+            weights = 12 * shape["n_layer"] * shape["n_embd"] ** 2 + vocab_size * shape["n_embd"]
+            size = weights * pick_machine(config).dtype.itemsize / read_bandwidth()
+            shares = [speed / batch_size * size for speed in lines[-1]["ours"]]
+            lines.append(report(f"{what}, weights read", "of the memory's read bandwidth", shares))
         if config.peer and batch_size == 1 and find_spec("transformers"):
             figures = in_turn(config, ours, partial(speed, model="transformers"))
             lines.append(report(f"{what}, with transformers as the peer", "tokens/s", *figures))
     return lines
+
+
+def read_bandwidth() -> float:
+    """Return the bytes per second at which torch sums a tensor of 512 MiB, the best of five times."""
+    tensor = torch.ones(2**27)
+    return tensor.nbytes / min(repeat(tensor.sum, number=1, repeat=5))
 
 
 def recipe(config: BenchConfig) -> list[Line]:

@@ -27,20 +27,21 @@ def speed_up(model: GPT) -> GPT:
 def for_sampling(model: GPT, machine: Machine) -> GPT:
     """Move `model` to the machine, with weights of machine.dtype and the faster layers. → `model`, changed in place
 
-    On a CPU, float16 and int8 are the type of the Linear layers' weights, and all the rest computes in float32: to
-    generate a token takes as long as reading these weights, and attention is several times slower in 16 bits.
+    On a CPU, float16 and int8 are the type of the Linear layers' weights, which take most of the time to read, and the
+    rest is float32: attention is several times slower in 16 bits. A Linear that the type does not fit is float32 too.
     """
     if machine.device.type != "cpu" or machine.dtype not in SMALLER:
         return speed_up(model.to(machine.device, machine.dtype))
+    smaller, fits = SMALLER[machine.dtype]
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, SMALLER[machine.dtype](child))
+            if isinstance(child, nn.Linear) and fits(child):
+                setattr(module, name, smaller(child))
     return speed_up(model)
 
 
 class Float16Linear(nn.Module):
-    """A Linear for inference with weights in float16. It multiplies and adds in float32. (…, in) → (…, out)"""
+    """A Linear for inference with weights in float16. It multiplies and adds in float32."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -51,10 +52,7 @@ class Float16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A Linear for inference with weights in int8, and a scale for each of its outputs. (…, in) → (…, out)
-
-    The kernel takes bfloat16, adds in float32, and returns bfloat16.
-    """
+    """A Linear for inference with weights in int8 and a scale for each output. It rounds input and output to bfloat16."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -64,8 +62,8 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
-        y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16().contiguous(), self.weight, self.scale)
+        y = y.view(*x.shape[:-1], len(self.scale)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -121,9 +119,6 @@ class Attention(CausalSelfAttention):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # noqa: D102
         T, D = q.shape[-2:]
-        if T == 1 and q.dtype == torch.bfloat16 and not self.training:
-            # Over a cache, the kernel for float32 is four times as fast, the conversion included.
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         dropout = rounded(self.attn_dropout.p) if self.training else 0.0
         if T > 1 and (dropout or (q.dtype == torch.bfloat16 and T <= 512)):
             mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
@@ -134,4 +129,9 @@ class Attention(CausalSelfAttention):
 
 
 FASTER = {nn.Linear: Linear, nn.Dropout: Dropout, CausalSelfAttention: Attention}
-SMALLER = {torch.float16: Float16Linear, torch.int8: Int8Linear}  # the layers of for_sampling
+SMALLER = {
+    # The range of float16 must hold the weights, which are then finite too.
+    torch.float16: (Float16Linear, lambda linear: linear.weight.abs().max() <= torch.finfo(torch.float16).max),
+    # torch's kernel for int8 reads beyond the end of a row that is not made of whole vectors.
+    torch.int8: (Int8Linear, lambda linear: linear.in_features % 32 == 0),
+}

@@ -127,7 +127,7 @@ def pick_machine(config: Any, group: ProcessGroup | None = None, saved_threads: 
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device, training)
     if dtype == torch.int8 and not (device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm")):
         raise UserError(f"--dtype=int8 is for CPUs, not for {name} with torch {torch.__version__}; use --dtype=auto")
-    if dtype == torch.float16 and device.type == "cpu" and (training or not _has_float16_products()):
+    if dtype == torch.float16 and device.type == "cpu" and (training or not _has_fbgemm()):
         reason = "is for sampling or for GPUs" if training else "on a CPU needs torch's fbgemm, which this torch lacks"
         raise UserError(f"--dtype=float16 {reason}; use --dtype=float32 or --dtype=bfloat16")
     reason = reason if device.type == "cpu" else ""
@@ -180,7 +180,7 @@ def _device(text, group):
 
 
 def _best_dtype(device, training):
-    if device.type == "cpu" and not training and _has_float16_products():
+    if device.type == "cpu" and not training and _has_fbgemm():
         # A token takes 0.2 to 0.9 of its time in fp32 or bf16, and the loss is the same to 1e-5 nats (docs/records/).
         return torch.float16
     if device.type == "cuda":
@@ -192,10 +192,9 @@ def _best_dtype(device, training):
     return torch.bfloat16 if native else torch.float32
 
 
-def _has_float16_products():
-    """Return whether torch has fbgemm, whose products on a CPU take weights in float16 and the rest in float32."""
-    engines = ("x86", "fbgemm")
-    return torch.backends.quantized.engine in engines and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+def _has_fbgemm():
+    """Return whether torch has products on a CPU of weights in float16 with the rest in float32."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
 
 
 def compile_model(

@@ -205,7 +205,7 @@ class SystemConfig(Checked, heading="The machine"):
         below=4097,
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
-        "auto", "number type of matrix products; int8, and float16 on a CPU, are for generation: they store weights"
+        "auto", "number type of matrix products; on a CPU, float16 and int8 are for sampling, and store its weights"
     )
 
 
@@ -217,7 +217,7 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
 
     def _check_group(self) -> None:
         if self.dtype == "int8":
-            raise UserError("--dtype=int8 is for sample.py: a training step needs a type with fractions")
+            raise UserError("--dtype=int8 is for sample.py; train with --dtype=auto")
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from model import GPT
-from quill.cpu import Dropout, Linear, speed_up
+from quill.cpu import Dropout, Float16Linear, Int8Linear, Linear, for_sampling, speed_up
+from quill.generation import KVCache, generate
+from quill.machine import Machine
 from quill.options import ModelConfig
 
 V = 11
@@ -116,3 +118,68 @@ def test_attention_by_hand_is_the_fused_one():
         torch.testing.assert_close(by_hand, fused, atol=tolerance, rtol=tolerance)
         for got, wanted in zip(torch.autograd.grad(by_hand.square().sum(), (q, k, v)), expected, strict=True):
             torch.testing.assert_close(got, wanted, atol=5 * tolerance, rtol=5 * tolerance)
+
+
+def small(dtype, **options):
+    """A model for sampling whose weights have the type `dtype`, and the same model in float32."""
+    options = {"n_embd": 32, "block_size": 16, "init_std": 0.2, **options}
+    plain, model = pair(**options)
+    machine = Machine(device=torch.device("cpu"), dtype=dtype, name="cpu")
+    return for_sampling(model.eval(), machine), plain.eval()
+
+
+@pytest.mark.parametrize("shape", [(1, 96), (33, 96), (2, 0, 96), (2, 3, 96)], ids=str)
+@pytest.mark.parametrize("out, bias", [(1, True), (65, False), (130, True)])
+@torch.no_grad()
+def test_the_smaller_linears_are_products_of_rounded_weights(shape, out, bias):
+    """Against float64: float16's product is exact to float32's rounding, int8's to that of its bfloat16 result."""
+    torch.manual_seed(out)
+    linear, x = torch.nn.Linear(96, out, bias=bias), torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])
+    added = linear.bias.double() if bias else 0
+    half = linear.weight.half().double()
+    torch.testing.assert_close(Float16Linear(linear)(x).double(), x.double() @ half.T + added, atol=1e-5, rtol=1e-5)
+    int8 = Int8Linear(linear)
+    weight = int8.weight.double() * int8.scale.double()[:, None]
+    assert ((weight - linear.weight.double()).abs() <= 0.5001 * int8.scale.double()[:, None]).all()
+    product = x.bfloat16().double() @ weight.T
+    torch.testing.assert_close(int8(x).double() - added, product, atol=1e-5, rtol=2**-8)
+
+
+@torch.no_grad()
+def test_what_a_smaller_type_does_not_fit_stays():
+    """torch's int8 kernel reads beyond rows that are not whole vectors; float16 has neither 1e5 nor nan."""
+    assert [type(small(torch.int8, n_embd=n)[0].lm_head) for n in (32, 64, 16)] == [Int8Linear, Int8Linear, Linear]
+    for value, kind in ((6e4, Float16Linear), (1e5, Linear), (math.nan, Linear), (-math.inf, Linear)):
+        model = pair()[0]
+        model.lm_head.weight[3, 1] = value
+        machine = Machine(device=torch.device("cpu"), dtype=torch.float16, name="cpu")
+        assert type(for_sampling(model, machine).lm_head) is kind
+    linear = torch.nn.Linear(32, 2, bias=False)
+    linear.weight.zero_()
+    assert Int8Linear(linear)(torch.ones(1, 32)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-5), (torch.int8, 2**-6)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"position": "rope", "qk_norm": True, "bias": False}], ids=["learned", "rope"])
+@torch.inference_mode()
+def test_smaller_weights_with_a_cache_and_without(options, dtype, tolerance):
+    """Logits and greedy tokens, to the rounding of the products: of float32, or of int8's bfloat16."""
+    model, plain = small(dtype, **options)
+    idx = torch.randint(V, (4, 12), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.config)
+    hidden = [
+        model.final_hidden(idx[:, :5], cache),
+        *(model.final_hidden(idx[:, t : t + 1], cache) for t in range(5, 12)),
+    ]
+    cached, whole = model.lm_head(torch.cat(hidden, dim=1)), model(idx)[0]
+    scale = whole.abs().max().item()
+    assert (cached - whole).abs().max().item() <= tolerance * scale
+    assert (whole - plain(idx)[0]).abs().max().item() <= 0.03 * scale  # 127 steps for a weight
+    prompt = idx[:, :4]
+    together = generate(model, prompt, 12, temperature=0)
+    logits = model(together[:, :-1])[0][:, 3:]  # without a cache; a drawn token's logit is the largest but for rounding
+    drawn = logits.gather(2, together[:, 4:, None])[:, :, 0]
+    assert (logits.amax(dim=2) - drawn).max().item() <= tolerance * scale
+    assert torch.equal(together, torch.cat([generate(model, row[None], 12, temperature=0) for row in prompt]))
+    drawn = [generate(model, prompt, 20, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
+    assert torch.equal(*drawn)

@@ -10,7 +10,7 @@ from quill import machine as module
 from quill.distributed import ProcessGroup
 from quill.errors import UserError
 from quill.machine import Machine, StopSignals, memory_limits, pick_machine
-from quill.options import SampleConfig
+from quill.options import SampleConfig, TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,26 @@ def test_a_cpu_and_its_dtypes(monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, test, lambda supported=supported: supported, raising=False)
-        assert pick_machine(SampleConfig(device="cpu")).dtype == dtype
+        assert pick_machine(TrainConfig(device="cpu")).dtype == dtype
+        with monkeypatch.context() as patch:
+            for engine, sampling in (("x86", torch.float16), ("qnnpack", dtype)):
+                patch.setattr(module, "_has_fbgemm", lambda engine=engine: engine == "x86")
+                assert pick_machine(SampleConfig(device="cpu")).dtype == sampling
+
+
+def test_dtypes_of_weights_are_for_sampling_on_a_cpu(monkeypatch):
+    for dtype in (torch.float16, torch.int8):
+        monkeypatch.setattr(module, "_has_fbgemm", lambda: True)
+        name = str(dtype).removeprefix("torch.")
+        assert pick_machine(SampleConfig(device="cpu", dtype=name)).dtype == dtype
+        with pytest.raises(UserError, match=f"--dtype={name} is for sampl"):
+            pick_machine(TrainConfig(device="cpu", dtype=name))
+    monkeypatch.setattr(module, "_has_fbgemm", lambda: False)
+    with pytest.raises(UserError, match="--dtype=float16 on a CPU needs torch's fbgemm"):
+        pick_machine(SampleConfig(device="cpu", dtype="float16"))
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    with pytest.raises(UserError, match=r"--dtype=int8 is for CPUs, not for cpu, .* with torch"):
+        pick_machine(SampleConfig(device="cpu", dtype="int8"))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +50,6 @@ def test_a_cpu_and_its_dtypes(monkeypatch):
         ({"device": "tpu"}, "--device=tpu: there is no such device; use auto, cpu, cuda, cuda:1 or mps"),
         ({"device": "cpu:1"}, "--device=cpu:1"),
         ({"device": ""}, "--device="),
-        ({"device": "cpu", "dtype": "float16"}, "--dtype=float16 is for GPUs"),
     ],
 )
 def test_what_is_not_there_is_one_line(options, words):

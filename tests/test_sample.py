@@ -1,13 +1,18 @@
 """sample.py: it needs a checkpoint only, a seed gives the same text, and every mistake is one line."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import sample
 import train
 from quill import checkpoint, cpu
 from quill.data import token_files
+from quill.data.batches import Batches
 from quill.errors import UserError
+from quill.machine import Machine
 from quill.trace import attention_steps
 
 
@@ -150,8 +155,39 @@ def test_a_cpu_samples_with_the_faster_layers(runs, capsys, monkeypatch):
     seen = []
     draw = sample.sample
     monkeypatch.setattr(sample, "sample", lambda model, *args: seen.append(model) or draw(model, *args))
-    write(capsys, runs, "prose", "--max_new_tokens=2")
-    assert type(seen[0].lm_head) is cpu.Linear
+    for flags, kind in (
+        ([], cpu.Linear),
+        (["--dtype=float16"], cpu.Float16Linear),
+        (["--dtype=bfloat16"], cpu.Linear),
+        (["--dtype=int8"], cpu.Linear),  # rows of 16 weights are too short for int8
+    ):
+        write(capsys, runs, "prose", "--max_new_tokens=2", *flags)
+        assert type(seen[-1].lm_head) is kind and type(seen[-1].transformer["h"][0].attn) is cpu.Attention
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_smaller_weights_have_the_same_loss(flags, tmp_path):
+    """Of a trained model on its whole validation split: at most 0.002 nats more than in float32."""
+    token_files.prepare(Path(__file__).parent.parent / "data" / "names.txt", tmp_path / "names", "char", "lines")
+    with torch.inference_mode(False):
+        options = {"n_embd": 64, "max_iters": 300, "lr_decay_iters": 300, "eval_interval": 300, "batch_size": 64}
+        train.main(flags(dataset="names", data_dir=tmp_path, **options))
+    state, losses = checkpoint.load(tmp_path / "run" / "best.pt"), {}
+    data = token_files.open_dataset(tmp_path, "names")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+        machine = Machine(device=torch.device("cpu"), dtype=dtype, name="cpu")
+        model = cpu.for_sampling(checkpoint.load_model(state).eval(), machine)
+        bos, total, count = data.tokenizer.bos, 0.0, 0
+        for x, y, _ in Batches(data.val, bos, 16, rows=64, micro_rows=64, seed=0, device=machine.device).validation():
+            total += cross_entropy(
+                model(x)[0].float().flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum"
+            ).item()
+            count += int((y != -1).sum())
+        losses[dtype] = total / count
+    assert losses[torch.float32] < 2.5 and len(set(losses.values())) == 4
+    assert abs(losses[torch.float16] - losses[torch.float32]) < 1e-4
+    assert max(losses.values()) < losses[torch.float32] + 0.002
 
 
 @pytest.mark.parametrize("name, prompt", [("prose", "the "), ("prose", ""), ("prose", "the " * 40), ("words", "sh")])
