@@ -41,7 +41,7 @@ def for_sampling(model: GPT, machine: Machine) -> GPT:
 
 
 class Float16Linear(nn.Module):
-    """A Linear for inference with weights in float16. It multiplies and adds in float32."""
+    """Inference with weights in float16. It multiplies and adds in float32."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -52,7 +52,7 @@ class Float16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A Linear for inference with weights in int8 and a scale for each output. It rounds input and output to bfloat16."""
+    """Inference with weights in int8 and a scale for each output. Input and output are rounded to bfloat16."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
