@@ -14,6 +14,8 @@ from pathlib import Path
 from timeit import repeat
 from typing import Any
 
+import torch
+
 from bench import measure
 from bench.measure import Line, as_flags, in_turn, machine_options, on_gpu, peer_machine_options, process, report
 from quill.machine import pick_machine

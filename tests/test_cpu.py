@@ -169,7 +169,7 @@ def test_smaller_weights_with_a_cache_and_without(options, dtype, tolerance):
     cache = KVCache(model.config)
     hidden = [
         model.final_hidden(idx[:, :5], cache),
-        *(model.final_hidden(idx[:, t : t + 1], cache) for t in range(5, 12)),
+        *(model.final_hidden(idx[:, : t + 1], cache) for t in range(5, 12)),
     ]
     cached, whole = model.lm_head(torch.cat(hidden, dim=1)), model(idx)[0]
     scale = whole.abs().max().item()
