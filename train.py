@@ -53,22 +53,23 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
         no_average = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
         with no_average:
             with machine.autocast():
-                share = model(x, y)[1] * (predicted / total)  # so that the sum is the mean over the global batch
-            scaler.scale(share * group.world_size).backward()
-        loss += share.detach()
+                mean = model(x, y)[1]
+            share = predicted / total  # so that the sum is the mean over the global batch
+            scaler.scale(mean * (share * group.world_size)).backward()
+        loss += mean.detach() * share
     multiplier = lr_multiplier(step, config)
     for optimizer, peak in state.optimizers:
         scaler.unscale_(optimizer)
         for param_group in optimizer.param_groups:
             param_group["lr"] = peak * multiplier
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
     if config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(state.parameters, config.grad_clip, norm)
     for optimizer, _ in state.optimizers:
         scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
     scaler.update()
+    for parameter in state.parameters:
+        parameter.grad = None
     if state.ema is not None:
         state.ema.update_parameters(state.model)
     state.pending.append((loss, norm))

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ PEAK_FLOPS = {
 }
 
 
+BF16_PAYS = 2**14  # activations (B × T × C) from which bfloat16 trains faster on a CPU: with fewer, conversions take longer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """The device that a process computes on, the number type of its matrix products, and its place in the run."""
@@ -46,7 +49,7 @@ class Machine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision: weights stay float32. A no-op when dtype is float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def seed(self, seed: int) -> None:
         """Seed the device's random number generator."""
@@ -124,7 +127,7 @@ def pick_machine(config: Any, group: ProcessGroup | None = None, saved_threads: 
     else:
         threads = torch.get_num_threads()
         name = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device, training)
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _best_dtype(device, config)
     if dtype == torch.int8 and not (device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm")):
         raise UserError(f"--dtype=int8 is for CPUs, not for {name} with torch {torch.__version__}; use --dtype=auto")
     if dtype == torch.float16 and device.type == "cpu" and (training or not _has_fbgemm()):
@@ -179,7 +182,8 @@ def _device(text, group):
     return torch.device(text)
 
 
-def _best_dtype(device, training):
+def _best_dtype(device, config):
+    training = isinstance(config, TrainConfig)
     if device.type == "cpu" and not training and _has_fbgemm():
         # A token takes 0.2 to 0.9 of its time in fp32 or bf16, and the loss is the same to 1e-5 nats (docs/records/).
         return torch.float16
@@ -189,7 +193,8 @@ def _best_dtype(device, training):
     # With a CPU's bf16 instructions, a step takes 0.42 to 0.73 of its time in fp32 (docs/records/).
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = device.type == "cpu" and any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return torch.bfloat16 if native else torch.float32
+    small = training and config.batch_size * config.block_size * config.n_embd < BF16_PAYS
+    return torch.bfloat16 if native and not small else torch.float32
 
 
 def _has_fbgemm():

@@ -58,7 +58,6 @@ class Optimizer(torch.optim.Optimizer):
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
     load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
-    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
 
 
 class AdamW(Optimizer, torch.optim.AdamW):

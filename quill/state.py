@@ -58,6 +58,7 @@ class TrainState:
         if saved is not None and config.init_from != "resume":
             self.model.load_state_dict(checkpoint.weights_to_sample(saved))
         cpu.speed_up(self.model.to(machine.device))
+        self.parameters = list(self.model.parameters())
         self.train_model: Any = self.model
         self.ema: Any = None
         if config.ema_decay:

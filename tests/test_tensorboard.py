@@ -26,6 +26,7 @@ import train
 from quill import checkpoint
 from quill.errors import UserError
 from quill.observers.tensorboard import as_code, signed_colors
+from quill.optimizer import AdamW
 
 OF_EVALUATIONS = {"loss/val", "loss/val_bits_per_byte"}
 SCALARS = {"loss/train", "optimizer/lr", "optimizer/gradient_norm", "performance/tokens_per_s"} | OF_EVALUATIONS
@@ -89,7 +90,7 @@ def test_scalars_are_the_rows_of_metrics_csv(flags, tmp_path):
 
 def test_gradient_norm_and_histograms_are_the_last_steps(flags, tmp_path, monkeypatch):
     """Of a whole step, several micro-batches, clipped; with two optimizers."""
-    norms, gradients, step = [], {}, torch.optim.AdamW.step
+    norms, gradients, step = [], {}, AdamW.step
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda g, f=torch.nn.utils.get_total_norm: keep(f(g)))
 
     def keep(norm):
@@ -102,7 +103,7 @@ def test_gradient_norm_and_histograms_are_the_last_steps(flags, tmp_path, monkey
                 gradients[tuple(p.shape)] = p.grad.clone()
         return step(optimizer, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    monkeypatch.setattr(AdamW, "step", stepped)
     options = {"optimizer": "muon", "gradient_accumulation_steps": 2, "grad_clip": 0.1, "log_interval": 40}
     run(flags(tensorboard=True, eval_interval=40, bias=True, **options))
     events, model = read(tmp_path / "run"), checkpoint.load(tmp_path / "run" / "last.pt")["model"]
