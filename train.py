@@ -28,9 +28,9 @@ from quill.data.splits import Splits, note_capped_evaluation, open_splits
 from quill.describe import describe
 from quill.distributed import ProcessGroup, parallelize
 from quill.errors import UserError
-from quill.machine import Machine, StopSignals, compile_model, memory_limits, pick_machine
+from quill.machine import Machine, StopSignals, compile_model, keep_freed_memory, memory_limits, pick_machine
 from quill.observers import Observers
-from quill.optimizer import lr_multiplier
+from quill.optimizer import learning_rate
 from quill.options import TrainConfig
 from quill.run_folder import RunFolder, folder_of, what_is_kept
 from quill.scoring import perplexity
@@ -57,11 +57,10 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
             share = predicted / total  # so that the sum is the mean over the global batch
             scaler.scale(mean * (share * group.world_size)).backward()
         loss += mean.detach() * share
-    multiplier = lr_multiplier(step, config)
     for optimizer, peak in state.optimizers:
         scaler.unscale_(optimizer)
         for param_group in optimizer.param_groups:
-            param_group["lr"] = peak * multiplier
+            param_group["lr"] = peak * (learning_rate(step, config) / config.learning_rate)
     norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(state.parameters, config.grad_clip, norm)
@@ -160,6 +159,7 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     machine.group.on_rank_0(folder.take, config)
     compiled = compile_model(state.model, (x, y), config.compile, machine)
     state.train_model = parallelize(compiled, machine.group)
+    keep_freed_memory()
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""
     dtype, tokens = str(machine.dtype).removeprefix("torch."), data.dataset

@@ -10,11 +10,6 @@ from torch import nn
 from quill.options import TrainConfig
 
 
-def lr_multiplier(step: int, config: TrainConfig) -> float:
-    """Return the fraction of its peak learning rate that each optimizer uses at `step`, counted from 0."""
-    return learning_rate(step, config) / config.learning_rate
-
-
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Return AdamW's learning rate at `step`, counted from 0: linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_iters:

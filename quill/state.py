@@ -58,7 +58,6 @@ class TrainState:
         if saved is not None and config.init_from != "resume":
             self.model.load_state_dict(checkpoint.weights_to_sample(saved))
         cpu.speed_up(self.model.to(machine.device))
-        self.parameters = list(self.model.parameters())
         self.train_model: Any = self.model
         self.ema: Any = None
         if config.ema_decay:
@@ -72,6 +71,7 @@ class TrainState:
     def add_optimizers(self, saved: dict[str, Any] | None = None) -> None:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
         self.optimizers = make_optimizers(self.model, self.config)
+        self.parameters = list(self.model.parameters())  # once, because this takes longer than their gradients' norm
         if saved is None or self.config.init_from != "resume":
             return
         optimizers = [optimizer for optimizer, _ in self.optimizers]

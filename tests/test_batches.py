@@ -176,6 +176,25 @@ def test_validation_of_documents_and_the_cap():
     assert sum(count for _, _, count in capped) == 40
 
 
+@pytest.mark.parametrize("bos", [None, 50])
+def test_batches_that_are_made_together_are_those_made_alone(monkeypatch, bos):
+    """Over epochs that end within a step, with micro-batches of unequal size, on both ranks."""
+    data = stream(200) if bos is None else names([3, 20, 1, 8, 5, 0, 9, 2, 7])
+    for rank in range(2):
+        where = {"rows": 10, "micro_rows": 3, "rank": rank, "world_size": 2}
+        together = make(data, bos, **where)
+        many = [together.global_batch(step) for step in range(40)]
+        with monkeypatch.context() as patch:
+            patch.setattr("quill.data.batches.AHEAD", 0)
+            alone = make(data, bos, **where)
+            for step, (total, micro_batches) in enumerate(many):
+                one_total, others = alone.global_batch(step)
+                assert alone.steps == 1 and together.steps >= 40
+                assert total == one_total and [len(x) for x, _, _ in micro_batches] == [3, 2]
+                for (x, y, n), (u, v, k) in zip(micro_batches, others, strict=True):
+                    assert torch.equal(x, u) and torch.equal(y, v) and n == k == (y >= 0).sum()
+
+
 @pytest.mark.parametrize("dtype, top", [(np.uint16, 65535), (np.uint32, 100_000)])
 def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monkeypatch, dtype, top):
     data = np.random.default_rng(0).integers(0, top + 1, 5000).astype(dtype)

@@ -22,7 +22,9 @@ def test_a_cpu_and_its_dtypes(monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, test, lambda supported=supported: supported, raising=False)
-        assert pick_machine(TrainConfig(device="cpu")).dtype == dtype
+        for rows, picked in ((3, torch.float32), (4, dtype)):  # 2**14 activations
+            shape = {"batch_size": rows, "block_size": 64, "n_embd": 64, "n_head": 4}
+            assert pick_machine(TrainConfig(device="cpu", **shape)).dtype == picked
         with monkeypatch.context() as patch:
             for engine, sampling in (("x86", torch.float16), ("qnnpack", dtype)):
                 patch.setattr(module, "_has_fbgemm", lambda engine=engine: engine == "x86")

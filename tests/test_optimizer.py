@@ -1,13 +1,16 @@
-"""optimizer.py: schedules by their formulas, each parameter in one group, Muon against torch's."""
+"""optimizer.py: schedules by their formulas, each parameter in one group, AdamW and Muon against torch's."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from model import GPT
 from quill import checkpoint
-from quill.optimizer import BatchedMuon, learning_rate, make_optimizers, orthogonalize
+from quill.optimizer import AdamW, BatchedMuon, learning_rate, make_optimizers, orthogonalize
 from quill.options import TrainConfig
 
 
@@ -60,6 +63,48 @@ def newton_schulz(matrices, size, steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def test_adamw_is_torchs():
+    """Bit for bit, after a step, a save, a load and further steps with another learning rate."""
+    ours, theirs = (torch.nn.Linear(8, 8) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1, "fused": True}
+    one, other = AdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    for step in range(3):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        one.step()
+        other.step()
+        for optimizer, module in ((one, ours), (other, theirs)):
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.param_groups[0]["lr"] *= 0.5
+            assert not any(state["exp_avg"].requires_grad for state in optimizer.state.values())
+            assert all(parameter.requires_grad for parameter in module.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.weight, torch.nn.Linear(8, 8).weight)
+
+
+def test_optimizers_do_not_import_the_compiler():
+    """torch._dynamo, which all of torch's own import: half a second of a run's start. In a process of its own."""
+    program = """if True:
+        import sys, torch
+        from model import GPT
+        from quill.optimizer import make_optimizers
+        from quill.options import TrainConfig
+        config = TrainConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, optimizer="muon")
+        model = GPT(config, 5)
+        model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
+        optimizers = [optimizer for optimizer, _ in make_optimizers(model, config)]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        print(len(optimizers), "torch" in sys.modules, "torch._dynamo" in sys.modules)
+    """
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout == "2 True False\n", done.stderr
 
 
 def test_muon_is_torchs(monkeypatch):

@@ -22,14 +22,13 @@ import torch
 
 Rows = tuple[np.ndarray, np.ndarray]  # starts and lengths, (R,) each
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x and y, (B, T) each, and the number of tokens that they predict
-GlobalBatch = tuple[int, list[Batch]]  # the number of tokens that all ranks predict, this rank's micro-batches
 
 DATA_ORDER = 2  # of new runs. With 1 (quill 0.1), no offset reached a stream's last tokens
 
 ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
 GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
-AHEAD = 2**14  # tokens of small global batches that are made together, because each call of numpy or torch costs time
+AHEAD = 2**13  # tokens of small global batches that are made together: one by one, they took a sixth of microgpt's step
 COUNTED = 2**20  # tokens whose bytes are added up at a time, so that a long split is not copied
 
 
@@ -112,8 +111,9 @@ class Batches:
         self.positions = torch.arange(block_size + 1, device=self.tokens.device)
         self.order = lru_cache(maxsize=2)(self._order)  # a step may use rows of two epochs
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
-        self.prefetched: dict[int, Future[list[GlobalBatch]]] = {}  # the next step's batch, by its step
-        self.made: dict[int, GlobalBatch] = {}  # the batches of the next steps, by their steps
+        self.prefetched: dict[int, Future[list[tuple[int, list[Batch]]]]] = {}  # the next step's batch, by its step
+        self.steps = max(1, AHEAD // (rows * block_size)) if self.on_device else 1  # whose batches are made together
+        self.made = lru_cache(maxsize=1)(self._make_global_batches)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the order of an epoch's rows: a permutation (rows_per_epoch,).
@@ -139,32 +139,27 @@ class Batches:
                 starts[here], lengths[here] = self.document_rows[0][row], self.document_rows[1][row]
         return starts, lengths
 
-    def global_batch(self, step: int) -> GlobalBatch:
+    def global_batch(self, step: int) -> tuple[int, list[Batch]]:
         """Make this rank's part of a step's global batch, as micro-batches with x and y (at most micro_rows, T).
 
         → the number of tokens that the global batch predicts on all ranks, [(x, y, tokens predicted)]
         """
         if self.prefetcher is None:
-            if step not in self.made:
-                batches = self._make_global_batches(step, max(1, AHEAD // (self.rows * self.block_size)))
-                self.made = dict(enumerate(batches, step))
-            return self.made[step]
-        batches = self.prefetched.get(step) or self.prefetcher.submit(self._make_global_batches, step)
+            return self.made(step - step % self.steps)[step % self.steps]
+        batch = self.prefetched.get(step) or self.prefetcher.submit(self._make_global_batches, step)
         self.prefetched = {step + 1: self.prefetcher.submit(self._make_global_batches, step + 1)}
-        return batches.result()[0]
+        return batch.result()[0]
 
-    def _make_global_batches(self, step: int, steps: int = 1) -> list[GlobalBatch]:
-        starts, lengths = (part.reshape(steps, self.rows) for part in self.step_rows(step, steps))
+    def _make_global_batches(self, step: int) -> list[tuple[int, list[Batch]]]:
+        starts, lengths = (part.reshape(self.steps, self.rows) for part in self.step_rows(step, self.steps))
         totals = lengths.sum(axis=1).tolist()
         mine = slice(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
         starts, lengths = starts[:, mine], lengths[:, mine]
         x, y, _ = self.gather(starts.ravel(), lengths.ravel())
         x, y = x.unflatten(0, starts.shape), y.unflatten(0, starts.shape)  # (steps, B, T)
         cuts = [slice(i, i + self.micro_rows) for i in range(0, starts.shape[1], self.micro_rows)]
-        return [
-            (total, [(x[i, cut], y[i, cut], int(lengths[i, cut].sum())) for cut in cuts])
-            for i, total in enumerate(totals)
-        ]
+        micro = [[(x[i, cut], y[i, cut], int(lengths[i, cut].sum())) for cut in cuts] for i in range(self.steps)]
+        return list(zip(totals, micro, strict=True))
 
     def validation_rows(self) -> Rows:
         """Return the rows of the whole split, in order: every token but the first of a stream is predicted once."""
