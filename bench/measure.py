@@ -69,18 +69,23 @@ def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[
 
 
 def start_seconds(options: dict[str, Any]) -> float:
-    """Return the seconds from `python train.py` to the end of its first step, without those of `import torch`."""
+    """Return the seconds from `python train.py` to its first step's line, less those of `import torch` alone."""
     with TemporaryDirectory() as folder:
         options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
-        began = time.perf_counter()
-        argv = [sys.executable, "train.py", *as_flags(options)]
-        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as training:
-            assert training.stdout
-            if not any(line.startswith("step 1/") for line in training.stdout):
-                raise UserError("train.py ended before its first step")
-            seconds = time.perf_counter() - began
-            training.kill()
-    return max(1e-3, seconds - process(["-c", "import torch"])[0])
+        seconds = seconds_to_line("step 1/", ["train.py", *as_flags(options)])
+    return max(1e-3, seconds - seconds_to_line("done", ["-c", "import torch; print('done', flush=True)"]))
+
+
+def seconds_to_line(start: str, argv: list[str]) -> float:
+    """Return the seconds until `python *argv` prints a line that starts with `start`; its end is not waited for."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout
+        if not any(line.startswith(start) for line in running.stdout):
+            raise UserError(f"{argv[0]} ended before it printed {start}")
+        seconds = time.perf_counter() - began
+        running.kill()
+    return seconds
 
 
 def write_text(path: Path, size: float, config: BenchConfig) -> float:
