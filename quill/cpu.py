@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, CausalSelfAttention
+from model import GPT, Block, CausalSelfAttention, rotate
 from quill.machine import Machine
 
 
@@ -129,7 +129,25 @@ class Attention(CausalSelfAttention):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
 
 
-FASTER = {nn.Linear: Linear, nn.Dropout: Dropout, CausalSelfAttention: Attention}
+class OneTokenBlock(Block):
+    """Block that computes one more token with a cache in few operations: each takes longer to start than to finish."""
+
+    def forward(self, x: torch.Tensor, rotary=None, cache=None) -> torch.Tensor:  # noqa: D102
+        attn, mlp = self.attn, self.mlp
+        if cache is None or not cache.length or self.training or self.add is not torch.add or mlp is None:
+            return super().forward(x, rotary, cache)
+        qkv = attn.c_attn(self.ln_1(x)).view(len(x), 3, attn.n_head, 1, -1)  # with one token, no permutation is needed
+        if rotary is not None or not isinstance(attn.qk_norm, nn.Identity):
+            qk = attn.qk_norm(qkv[:, :2])
+            qk = qk if rotary is None else rotate(qk, rotary)
+            qkv = torch.cat([qk, qkv[:, 2:]], dim=1)
+        keys, values = cache.append_both(qkv[:, 1:])
+        y = F.scaled_dot_product_attention(qkv[:, 0], keys, values)
+        x = x + attn.c_proj(y.view(x.shape))
+        return x + mlp.c_proj(mlp.activation(mlp.c_fc(self.ln_2(x))))
+
+
+FASTER = {nn.Linear: Linear, nn.Dropout: Dropout, CausalSelfAttention: Attention, Block: OneTokenBlock}
 SMALLER = {
     # The range of float16 must hold the weights, which are then finite too.
     torch.float16: (Float16Linear, lambda linear: linear.weight.abs().max() <= torch.finfo(torch.float16).max),

@@ -39,18 +39,20 @@ class LayerCache:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self.keys = self.values = torch.empty(0)  # (B, H, capacity, D) as soon as B, H and D are known
+        self.stored = torch.empty(0)  # keys and values, (B, 2, H, capacity, D) as soon as B, H and D are known
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store `k`, `v` (B, H, T, D) after the tokens so far. → all keys, all values (B, H, length + T, D)"""
+        return self.append_both(torch.stack([k, v], dim=1))
+
+    def append_both(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `append`, of keys and values in one tensor (B, 2, H, T, D)."""
         if self.length == 0:
-            B, H, _, D = k.shape
-            self.keys, self.values = k.new_empty(2, B, H, self.capacity, D)
-        T = k.size(2)
-        self.keys.narrow(2, self.length, T).copy_(k)
-        self.values.narrow(2, self.length, T).copy_(v)
-        self.length += T
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+            self.stored = kv.new_empty(*kv.shape[:3], self.capacity, kv.size(4))
+        start, self.length = self.length, self.length + kv.size(3)
+        self.stored[:, :, :, start : self.length] = kv
+        keys, values = self.stored[:, :, :, : self.length].unbind(1)
+        return keys, values
 
 
 def sample_token(logits: torch.Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> torch.Tensor:
