@@ -159,6 +159,35 @@ def test_what_a_smaller_type_does_not_fit_stays():
     assert Int8Linear(linear)(torch.ones(1, 32)).tolist() == [[0, 0]]
 
 
+ONE_TOKEN = {
+    "learned": {},
+    "rope, qk_norm": {"position": "rope", "qk_norm": True, "norm": "rmsnorm", "activation": "relu2"},
+    "rope": {"position": "rope", "bias": False, "activation": "swiglu"},
+    "qk_norm, n-grams": {"qk_norm": True, "ngram": 3, "ngram_rows": 37},
+    "no MLP": {"mlp_ratio": 0},
+    "no residual": {"residual": False},
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("options", ONE_TOKEN.values(), ids=ONE_TOKEN)
+@torch.inference_mode()
+def test_one_more_token_is_what_the_plain_block_computes(options, autocast):
+    """With dropout in the config, 3 rows, and the values that a cache of the plain model holds."""
+    plain, fast = (model.eval() for model in pair(dropout=0.5, **options))
+    idx = torch.randint(V, (3, 8), generator=torch.Generator().manual_seed(1))
+    hidden, caches = [], []
+    for model in (plain, fast):
+        cache = KVCache(model.config)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model.final_hidden(idx[:, :5], cache)
+            hidden.append(torch.cat([model.final_hidden(idx[:, : t + 1], cache).float() for t in range(5, 8)], dim=1))
+        caches.append(torch.stack([layer.stored.float() for layer in cache.layers]))
+    tolerance = (0.05 if autocast else 1e-5) * hidden[0].abs().max().item()
+    torch.testing.assert_close(hidden[1], hidden[0], atol=tolerance, rtol=0)
+    torch.testing.assert_close(caches[1], caches[0], atol=tolerance, rtol=0)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-5), (torch.int8, 2**-6)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"position": "rope", "qk_norm": True, "bias": False}], ids=["learned", "rope"])
 @torch.inference_mode()
