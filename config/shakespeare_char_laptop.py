@@ -18,10 +18,13 @@ block_size = 256
 dropout = 0.1
 attention_dropout = 0.0
 activation = "gelu"
+ngram = 0
 
 batch_size = 8
 max_iters = 2500
 learning_rate = 4e-3
+beta1 = 0.9
+muon_momentum = 0.95
 weight_decay = 0.1
 warmup_iters = 20
 min_lr = 8e-5
