@@ -26,7 +26,6 @@ import sys
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from bench import peers
 from bench.compare import compare
@@ -49,7 +48,7 @@ SPEED = {
     "growth": growth,
 }
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
-CHECKS = ["replay", "faults"]  # see run_check
+CHECKS = ["replay", "faults"]  # tests, which lie in tests/
 NAMES = [*SPEED, *EXPERIMENTS, *CHECKS]
 FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only"}  # options that an experiment sets for its runs
 
@@ -60,22 +59,21 @@ def main(argv: list[str]) -> int:
     positional, given = read_args(own, BenchConfig, __doc__)
     name, paths = read_command(positional)
     config = with_full_paths(BenchConfig(**given))
-    check_peer(config.peer)
     pick_machine(config)  # so that a missing device or dtype is reported before the first run
     if name in EXPERIMENTS:
-        lines = EXPERIMENTS[name](paths, read_training_options(name, rest), config)
+        options = read_args(rest, TrainConfig, __doc__)[1]
+        if taken := options.keys() & FIXED:
+            raise UserError(f"--{min(taken)}: not with python -m bench {name}, which decides this for its runs")
+        lines = EXPERIMENTS[name](paths, options, config)
     elif rest:
         raise UserError(f"{rest[0]}: not an option of python -m bench {name} (see --help)")
+    elif name in CHECKS:
+        sys.path.insert(0, str(ROOT / "tests"))
+        lines = getattr(import_module(name), name)(paths, config)
     else:
-        lines = run_check(name, paths, config) if name in CHECKS else SPEED[name](config)
+        lines = SPEED[name](config)
     write_report(name, argv, lines, config)
     return int(any(line.get("problems") for line in lines))
-
-
-def run_check(name: str, cases: list[str], config: BenchConfig) -> list[Line]:
-    """Run the fault campaigns or the replay. They are tests, and lie in tests/. → what they found"""
-    sys.path.insert(0, str(ROOT / "tests"))
-    return getattr(import_module(name), name)(cases, config)
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -98,24 +96,16 @@ def read_command(positional: list[str]) -> tuple[str, list[str]]:
 
 
 def with_full_paths(config: BenchConfig) -> BenchConfig:
-    """Make the folders absolute, because the runs start in quill's folder, wherever the bench was started."""
+    """Make the folders absolute, because the runs start in quill's folder, wherever the bench was started.
+
+    Raise a UserError unless `--peer` is empty or the folder of a nanoGPT checkout.
+    """
     folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
-    return replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
-
-
-def check_peer(peer: str) -> None:
-    """Raise a UserError unless `peer` is empty or the folder of a nanoGPT checkout."""
-    needed = (Path(peer) / "model.py", Path(peer) / "train.py")
-    if peer and (missing := [path.name for path in needed if not path.is_file()]):
-        raise UserError(f"--peer={peer}: there is no {missing[0]}; give the folder of a nanoGPT checkout")
-
-
-def read_training_options(name: str, argv: list[str]) -> dict[str, Any]:
-    """Read train.py's flags that an experiment applies to all of its runs."""
-    options = read_args(argv, TrainConfig, __doc__)[1]
-    if taken := options.keys() & FIXED:
-        raise UserError(f"--{min(taken)}: not with python -m bench {name}, which decides this for its runs")
-    return options
+    config = replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
+    for file in ("model.py", "train.py") if config.peer else ():
+        if not (Path(config.peer) / file).is_file():
+            raise UserError(f"--peer={config.peer}: there is no {file}; give the folder of a nanoGPT checkout")
+    return config
 
 
 def write_report(name: str, argv: list[str], lines: list[Line], config: BenchConfig) -> None:

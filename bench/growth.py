@@ -22,7 +22,6 @@ from quill.options import BenchConfig
 
 TOKENS, CONTEXTS = 2048, (64, 128, 256, 512, 1024)  # tokens in a training step, and in a row of it
 SMALL, MEDIUM = {"n_layer": 4, "n_head": 4, "n_embd": 128}, {"n_layer": 6, "n_head": 6, "n_embd": 384}
-ONCE = {"max_iters": 1, "gradient_accumulation_steps": 1, "eval_iters": 1, "final_samples": 0}  # one step, quickly
 TO_126M = [(2, 1, 64), (5, 2, 128), (6, 6, 384), (8, 10, 640), (10, 16, 1024)]  # models from 0.1M parameters on
 
 
@@ -31,11 +30,8 @@ def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, I
     texts = sorted({1, 10, 100, 1000, 1000 * config.gigabytes})
     data = {"data_dir": str(folder), "dataset": "1"} | measure.machine_options(config)
     yield "prepare a text", "MB", ((n, n, prepare_seconds(n, folder, config)) for n in texts)
-    yield (
-        "start a training",
-        "MB of text",
-        ((n, 1, measure.start_seconds(SMALL | data | {"dataset": n})) for n in texts),
-    )
+    starts = ((n, 1, measure.start_seconds(SMALL | data | {"dataset": n})) for n in texts)
+    yield "start a training", "MB of text", starts
     models = (dict(zip(SMALL, numbers, strict=True)) | {"block_size": 256} for numbers in TO_126M)
     yield "training step", "parameters", ((outline(model).num_params(), *step(model | data)) for model in models)
     yield "training step", "tokens of context", ((T, *step(SMALL | data | {"block_size": T})) for T in CONTEXTS)
@@ -56,8 +52,7 @@ def step(options: dict[str, Any]) -> tuple[float, float]:
     flops = outline(options).flops_per_token()
     steps = max(3, round(5e11 / (flops * TOKENS)))
     options = options | {"batch_size": TOKENS // options["block_size"], "max_iters": 2 * steps, "eval_interval": steps}
-    _, rows = measure.train(ONCE | options)
-    return flops, TOKENS / float(rows[-1]["tokens_per_s"])  # of the second half; the first includes the warm-up
+    return flops, TOKENS / measure.training_speed(options)
 
 
 def generation(rows: int, tokens: int, block_size: int, config: BenchConfig) -> tuple[float, float]:

@@ -26,8 +26,6 @@ from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-
-LESS_IS_BETTER = ("s", "nats")  # units; of others, such as tokens/s, more is better
 Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
 
 
@@ -66,6 +64,12 @@ def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[
     with TemporaryDirectory() as folder:
         seconds, _ = process(["train.py", *config_file, *as_flags(options | {"out_dir": folder})])
         return seconds, read_metrics(folder)
+
+
+def training_speed(options: dict[str, Any]) -> float:
+    """Train a short run. → tokens per second, without the time up to the first evaluation: it includes the warm-up"""
+    _, rows = train({"gradient_accumulation_steps": 1, "eval_iters": 1} | options)
+    return statistics.harmonic_mean(float(row["tokens_per_s"]) for row in rows[1:])
 
 
 def start_seconds(options: dict[str, Any]) -> float:
@@ -111,16 +115,14 @@ def train_or_resume(path: Path, seed: int, given: dict[str, Any], folder: str, c
     out_dir = f"{config.out_dir}/{folder}/{path.stem}-{seed}"
     options = given | {"seed": seed, "data_dir": config.data_dir, "out_dir": out_dir, "init_from": "auto"}
     options |= machine_options(config)
-    held, finished = Path(out_dir) / "last.pt", False
+    held = Path(out_dir) / "last.pt"
     if held.is_file():
         state = checkpoint.load(held)
         wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
         may_differ = ("init_from", "device", "data_dir", "out_dir")
         if other := [key for key in wanted if key not in may_differ and state["config"].get(key) != wanted[key]]:
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
-        finished = state["step"] >= wanted["max_iters"]
-    if not finished:
-        process(["train.py", path, *as_flags(options)])
+    process(["train.py", path, *as_flags(options)])
     rows = read_metrics(out_dir)
     speed = statistics.median(float(row["tokens_per_s"]) for row in rows)
     return {"seed": seed, "tokens_per_s": speed} | {key: float(rows[-1][key]) for key in ("val_loss", "seconds")}

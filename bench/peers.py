@@ -41,17 +41,10 @@ def train(config: BenchConfig) -> list[Line]:
     lines = []
     for name, shape, steps in shapes:
         options = shape | {"max_iters": steps, "eval_interval": steps // 4, "learning_rate": 1e-3, "warmup_iters": 100}
-        ours, theirs = partial(training_speed, config, options), partial(peer_training_speed, config, options)
+        data = {"data_dir": config.data_dir, "dataset": "shakespeare_char"} | machine_options(config)
+        ours, theirs = partial(measure.training_speed, options | data), partial(peer_training_speed, config, options)
         lines.append(report(f"training, {name}", "tokens/s", *in_turn(config, ours, theirs)))
     return lines + gpt2(config) if gpu else lines
-
-
-def training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
-    """Return the tokens per second of one run of quill, without its first quarter, which includes the warm-up."""
-    extra = {"data_dir": config.data_dir, "dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
-    extra |= {"eval_iters": 1, "log_interval": 1} | machine_options(config)
-    _, rows = measure.train(options | extra)
-    return statistics.harmonic_mean(float(row["tokens_per_s"]) for row in rows[1:])
 
 
 def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
@@ -69,15 +62,14 @@ def gpt2(
     config: BenchConfig, shape: dict[str, Any] = GPT2, ids: int = GPT2_IDS, batch_size: int = 16, steps: int = 100
 ) -> list[Line]:
     """Measure our training at GPT-2's shape on any tokens: tokens per second, and their share of the peak (MFU)."""
-    options = shape | {"batch_size": batch_size, "gradient_accumulation_steps": 1, "max_iters": steps, "eval_iters": 1}
-    options |= {"eval_interval": steps // 2, "log_interval": steps // 4, "dataset": "ids"} | machine_options(config)
+    options = shape | {"batch_size": batch_size, "max_iters": steps, "eval_interval": steps // 2, "dataset": "ids"}
+    options |= {"log_interval": steps // 4} | machine_options(config)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "ids.txt"
         # Every id in order, again and again. From U+10000 on, there are no surrogates.
         text.write_text("".join(map(chr, range(0x10000, 0x10000 + ids))) * 21, encoding="utf-8")
         process(["prepare.py", f"--input={text}", "--dataset=ids", f"--data_dir={folder}"])
-        runs = [measure.train(options | {"data_dir": folder})[1] for _ in range(config.pairs)]
-    speeds = [float(rows[-1]["tokens_per_s"]) for rows in runs]  # of the second half; the first includes compiling
+        speeds = [measure.training_speed(options | {"data_dir": folder}) for _ in range(config.pairs)]
     machine = pick_machine(config)
     lines = [report("training, 124M shape", "tokens/s", speeds)]
     if machine.peak_flops:
