@@ -47,12 +47,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
             check_own_text(config)
         return config, None
     corpus = known_corpus(names[0])
-    fixed = {
-        "dataset": corpus.name,
-        "tokenizer": PrepareConfig.tokenizer,
-        "documents": corpus.documents,
-        "bins": "",
-    }
+    fixed = {"dataset": corpus.name, "tokenizer": PrepareConfig.tokenizer, "documents": corpus.documents, "bins": ""}
     for key, value in fixed.items():
         if flags.get(key, value) != value:
             raise UserError(

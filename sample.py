@@ -16,8 +16,8 @@ scores the text as if it followed a newline.
 if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,6 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, str]:
     if key != "start" and config.temperature < COLDEST:
         raise UserError(f"--temperature={config.temperature}: must be at least {COLDEST} with --{key}")
     return config, key
-
-
-def find_checkpoint(config: SampleConfig) -> Path:
-    """Return the path of the checkpoint: --ckpt, else the best one of --out_dir."""
-    return Path(config.ckpt) if config.ckpt else checkpoint.find(config.out_dir)
 
 
 def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path) -> Tokenizer:
@@ -131,29 +126,17 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path
 
 
 def sample(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    config: SampleConfig,
-    machine: Machine,
-    write: Callable[[str], None],
+    model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine, write: Callable[[str], None]
 ) -> None:
     """Draw config.num_samples texts. `write` gets the first token by token, and the others when all are done."""
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
     ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
     separator = "\n" if tokenizer.bos_is_newline else "\n---------------\n"
     decode_first, ended, drawn = tokenizer.decoder(), False, []
+    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    options |= {"stop_token": tokenizer.bos, "generator": generator}
     write(prompt)
-    for tokens in stream_tokens(
-        model,
-        ids.repeat(config.num_samples, 1),
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        stop_token=tokenizer.bos,
-        generator=generator,
-    ):
+    for tokens in stream_tokens(model, ids.repeat(config.num_samples, 1), config.max_new_tokens, **options):
         drawn.append(tokens)
         token = int(tokens[0])
         ended = ended or token == tokenizer.bos
@@ -164,16 +147,6 @@ def sample(
         if tokenizer.bos in row:
             row = row[: row.index(tokenizer.bos)]
         write(prompt + tokenizer.decode(row) + separator)
-
-
-def print_score(
-    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, text: str, config: SampleConfig, machine: Machine
-) -> None:
-    """Print how likely the model finds `text`, whose ids are `ids` (T,): a table, or with --json one JSON object."""
-    rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)
-    lines = [scoring.to_json(rows, text)] if config.json else scoring.table(rows, tokenizer, text)
-    for line in lines:
-        print(line)
 
 
 def print_trace(model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine) -> None:
@@ -192,16 +165,10 @@ def print_trace(model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleCon
     print(*trace_lines(path, steps, tokenizer, config.temperature), sep="\n")
 
 
-def write_at_once(text: str) -> None:
-    """Write `text` to stdout without waiting for the end of the line."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def main(argv: list[str]) -> None:
     """Write samples of the model that `argv` names, the score of a text, or the trace of a token."""
     config, key = read_options(argv)
-    path = find_checkpoint(config)
+    path = Path(config.ckpt) if config.ckpt else checkpoint.find(config.out_dir)
     state = checkpoint.load(path)
     tokenizer = find_tokenizer(state, config, path)
     ids, text = encode_text(tokenizer, config, key, path)
@@ -209,11 +176,14 @@ def main(argv: list[str]) -> None:
     with memory_limits(machine):
         model = cpu.for_sampling(checkpoint.load_model(state), machine)
         if key == "score":
-            print_score(model, tokenizer, ids, text, config, machine)
+            rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)
+            lines = [scoring.to_json(rows, text)] if config.json else scoring.table(rows, tokenizer, text)
+            for line in lines:  # one by one, because a table's rows are computed as they are printed
+                print(line)
         elif key == "trace":
             print_trace(model, tokenizer, text, config, machine)
         else:
-            sample(model, tokenizer, text, config, machine, write_at_once)
+            sample(model, tokenizer, text, config, machine, partial(print, end="", flush=True))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quill.errors import UserError
-from quill.files import folder_lock, replacing
+from quill.files import folder_lock, read_end, replacing
 from quill.options import RunConfig, TrainConfig
 
 CHECKPOINTS = ("last.pt", "best.pt")  # the first one that exists is resumed
@@ -52,16 +52,11 @@ class RunFolder:
         if not found or config.overwrite:
             return
         resume = "resume it with --init_from=resume, " if self.checkpoints() else ""
-        if resume or self.path / "ckpt.pt" in found or self._identity() != identity(config):
+        own = read_end(self.path / ".run").decode(errors="replace").strip() == identity(config)
+        if resume or self.path / "ckpt.pt" in found or not own:
             raise UserError(
                 f"{found[0]} is another run's: {resume}choose another --out_dir, or replace it with --overwrite=True"
             )
-
-    def _identity(self):
-        try:
-            return (self.path / ".run").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
 
     def clear(self, but: str = "") -> None:
         """Delete all that belongs to a run of quill's, but the file named `but`."""

@@ -15,18 +15,13 @@ COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tok
 
 
 class MetricsFile(Observer):
-    """The file metrics.csv in out_dir. When it is opened, rows after `step` are dropped.
+    """The file metrics.csv in out_dir. A file of an older quill has the first columns only, and keeps them.
 
-    A file of an older quill has the first columns only, and keeps them.
+    Rows after the checkpoint, of `step`, are dropped, because their steps will run again; so are truncated rows.
     """
 
     def __init__(self, out_dir: str, step: int):
-        self.path, self.columns = Path(out_dir) / "metrics.csv", COLUMNS
-        self._drop_rows_after(step)
-
-    def _drop_rows_after(self, step):
-        """Drop rows after the checkpoint, because their steps will run again, and rows that a crash has truncated."""
-        rows = []
+        self.path, self.columns, rows = Path(out_dir) / "metrics.csv", COLUMNS, []
         if self.path.exists():
             header, *lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             if header.split(",") == COLUMNS[: header.count(",") + 1]:
