@@ -20,7 +20,7 @@ from typing import Any
 from quill import checkpoint, interop
 from quill.cli import note, read_args, run
 from quill.data.tokenizers import from_json
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.files import folder_lock, replacing
 from quill.options import ExportConfig, TrainConfig
 from quill.run_folder import RunFolder
@@ -82,8 +82,7 @@ def to_hugging_face(source: Path, config: ExportConfig) -> None:
 
 def to_quill(source: Path, config: ExportConfig) -> None:
     """Write the Hugging Face folder `source` as best.pt in config.out_dir."""
-    if not config.out_dir:
-        raise UserError("--to=quill: name the folder to write, as in --out_dir=out/mine")
+    check(config.out_dir, "--to=quill: name the folder to write, as in --out_dir=out/mine")
     state, folder = checkpoint.load(source), RunFolder(config.out_dir)
     with folder.locked():
         if (found := folder.find_run()) and not config.overwrite:
@@ -97,8 +96,7 @@ def main(argv: list[str]) -> None:
     """Convert what `argv` names."""
     positional, flags = read_args(argv, ExportConfig, __doc__)
     config = ExportConfig(**flags)
-    if len(positional) != 1:
-        raise UserError(f"give one run, checkpoint or folder to convert, not {len(positional)} (see --help)")
+    check(len(positional) == 1, f"give one run, checkpoint or folder to convert, not {len(positional)} (see --help)")
     if wrong := flags.keys() & ({"out_dir"} if config.to == "hf" else {"folder", "license"}):
         raise UserError(f"--{min(wrong)} and --to={config.to} don't go together (see --help)")
     (to_hugging_face if config.to == "hf" else to_quill)(Path(positional[0]), config)

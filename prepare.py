@@ -21,7 +21,7 @@ from typing import Any
 
 from quill.cli import did_you_mean, highlight, read_args, run
 from quill.data.corpora import CORPORA, Corpus
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.options import PrepareConfig
 
 USAGE = f"python prepare.py {' | '.join(CORPORA)}, or python prepare.py --input=my.txt --dataset=mine"
@@ -36,8 +36,7 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
     """
     names, flags = read_args(argv, PrepareConfig, __doc__)
     config = PrepareConfig(**flags)
-    if len(names) > 1:
-        raise UserError(f"give one corpus, not {len(names)}: {' '.join(names)}")
+    check(len(names) <= 1, f"give one corpus, not {len(names)}: {' '.join(names)}")
     if "show" in flags and (not config.show or flags.keys() - {"show", "dataset", "data_dir"}):
         raise UserError("--show=TEXT takes a text, and no other options than --dataset and --data_dir")
     if config.show and not names and not config.dataset:
@@ -72,21 +71,18 @@ def check_own_text(config: PrepareConfig) -> None:
     given = f"--bins={config.bins}" if config.bins else f"--input={config.input}"
     if config.bins and (config.input or config.documents != "none" or config.tokenizer in UNITS):
         raise UserError(f"{given}: give the ids' --tokenizer=PATH with it, and neither --input nor --documents")
-    if not (config.input or config.bins or config.dataset):
-        raise UserError(f"no corpus and no --input given; use {USAGE}")
+    check(config.input or config.bins or config.dataset, f"no corpus and no --input given; use {USAGE}")
     if not (config.input or config.bins):
         fix = f"use `python prepare.py {config.dataset}`" if config.dataset in CORPORA else "add --input=FILE"
         raise UserError(f"--dataset={config.dataset}: no --input given; {fix}")
-    if not config.dataset:
-        raise UserError(f"{given}: no name given for the dataset; add one, as in --dataset=mine")
+    check(config.dataset, f"{given}: no name given for the dataset; add one, as in --dataset=mine")
     if config.dataset in CORPORA:
         raise UserError(
             f"--dataset={config.dataset} is the name of a known corpus; choose another, "
             f"or, if {config.input} is that corpus, `python prepare.py {config.dataset} --input={config.input}`"
         )
-    if not re.fullmatch(r"\w[\w.-]*", config.dataset):
-        rule = "use only letters, digits and - _ . in the name, and begin it with a letter"
-        raise UserError(f"--dataset={config.dataset}: {rule}, as in --dataset=mine")
+    rule = "use only letters, digits and - _ . in the name, and begin it with a letter"
+    check(re.fullmatch(r"\w[\w.-]*", config.dataset), f"--dataset={config.dataset}: {rule}, as in --dataset=mine")
 
 
 def main(argv: list[str]) -> None:

@@ -30,7 +30,7 @@ from quill.cli import read_args, run
 from quill.data.batches import derive_seed
 from quill.data.token_files import open_dataset
 from quill.data.tokenizers import Tokenizer, from_json
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.generation import COLDEST, stream_tokens
 from quill.machine import Machine, memory_limits, pick_machine
 from quill.options import SampleConfig
@@ -94,8 +94,7 @@ def read_text(key: str, value: str) -> str:
     try:
         with open(path, "rb") as file:  # may be a pipe
             data = file.read(LONGEST_TEXT + 1)
-        if len(data) > LONGEST_TEXT:
-            raise UserError(f"--{key}={value}: longer than {LONGEST_TEXT // 2**20} MiB")
+        check(len(data) <= LONGEST_TEXT, f"--{key}={value}: longer than {LONGEST_TEXT // 2**20} MiB")
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--{key}={value}: not UTF-8 at byte {error.start}") from None

@@ -27,7 +27,7 @@ from quill.data.batches import DATA_ORDER, Batches, derive_seed
 from quill.data.splits import Splits, note_capped_evaluation, open_splits
 from quill.describe import describe
 from quill.distributed import ProcessGroup, parallelize
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.machine import Machine, StopSignals, compile_model, keep_freed_memory, memory_limits, pick_machine
 from quill.observers import Observers
 from quill.optimizer import learning_rate
@@ -211,8 +211,7 @@ def print_on_rank_0(text: str, machine: Machine) -> int:
 def read_options(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a command line. → the options of its config file, and its flags"""
     positional, flags = read_args(argv, TrainConfig, __doc__)
-    if len(positional) > 1:
-        raise UserError(f"give one config file, not {len(positional)}: {' '.join(positional)}")
+    check(len(positional) <= 1, f"give one config file, not {len(positional)}: {' '.join(positional)}")
     return read_config_file(positional[0], TrainConfig) if positional else {}, flags
 
 

@@ -33,7 +33,7 @@ from bench.growth import growth
 from bench.ladder import counts, ladder
 from bench.measure import ROOT, Line, hardware
 from quill.cli import read_args, run
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.files import replacing
 from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
@@ -86,8 +86,7 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 def read_command(positional: list[str]) -> tuple[str, list[str]]:
     """Read the bench's name and its config files, whose paths become absolute as in `with_full_paths`. → both"""
     name, *paths = positional or [""]
-    if name not in NAMES:
-        raise UserError(f"give one of {', '.join(NAMES)} (see --help)")
+    check(name in NAMES, f"give one of {', '.join(NAMES)} (see --help)")
     if name in SPEED and paths:
         raise UserError(f"{paths[0]}: python -m bench {name} takes options only (see --help)")
     if name == "compare" and len(paths) != 2:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.measure import Line, span, train_or_resume
 from quill.cli import read_config_file
-from quill.errors import UserError
+from quill.errors import check
 from quill.options import BenchConfig, TrainConfig
 
 
@@ -41,13 +41,10 @@ def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> lis
 def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfig) -> None:
     """Raise a UserError if the two configs can't be compared: same name, too few seeds, or different datasets."""
     both = " and ".join(paths)
-    if len({Path(path).stem for path in paths}) < 2:
-        raise UserError(f"{both}: give two config files with different names")
-    if config.seeds < 2:
-        raise UserError("--seeds=1: an interval takes two seeds or more")
+    check(len({Path(path).stem for path in paths}) == 2, f"{both}: give two config files with different names")
+    check(config.seeds > 1, "--seeds=1: an interval takes two seeds or more")
     datasets = {TrainConfig(**(read_config_file(path, TrainConfig) | given)).dataset for path in paths}
-    if len(datasets) > 1:
-        raise UserError(f"{both}: losses on {' and '.join(sorted(datasets))} can't be compared")
+    check(len(datasets) == 1, f"{both}: losses on {' and '.join(sorted(datasets))} can't be compared")
 
 
 def verdict(a: str, b: str, difference: float, margin: float) -> str:

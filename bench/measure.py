@@ -21,7 +21,7 @@ from model import GPT
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.corpora import CORPORA, locate
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
@@ -85,8 +85,7 @@ def seconds_to_line(start: str, argv: list[str]) -> float:
     began = time.perf_counter()
     with subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout
-        if not any(line.startswith(start) for line in running.stdout):
-            raise UserError(f"{argv[0]} ended before it printed {start}")
+        check(any(line.startswith(start) for line in running.stdout), f"{argv[0]} ended before it printed {start}")
         seconds = time.perf_counter() - began
         running.kill()
     return seconds

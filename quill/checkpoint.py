@@ -26,7 +26,7 @@ import torch
 from model import GPT
 from quill.cli import note
 from quill.data.token_files import Dataset
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.files import replacing
 from quill.interop import NANOGPT_KEYS, PRETRAINED, find_pretrained, from_nanogpt, read_folder, without_padding
 from quill.options import ModelConfig, TrainConfig
@@ -71,10 +71,9 @@ def load(path: Path | str) -> dict[str, Any]:
     state = {"format": FORMAT, **read_folder(path)} if (path / "config.json").is_file() else _read(path)
     if isinstance(state, dict) and state.keys() >= NANOGPT_KEYS:
         state = {"format": FORMAT, **from_nanogpt(state, path)}
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"{path}: not a checkpoint of quill's or nanoGPT's")
-    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
-        raise UserError(f"{path}: format {state['format']!r}, but this quill reads up to {FORMAT}; update quill")
+    check(isinstance(state, dict) and "format" in state, f"{path}: not a checkpoint of quill's or nanoGPT's")
+    is_known = type(state["format"]) is int and 1 <= state["format"] <= FORMAT
+    check(is_known, f"{path}: format {state['format']!r}, but this quill reads up to {FORMAT}; update quill")
     if state["format"] == 1:
         state = FORMAT_1 | state
     _require(state, REQUIRED_KEYS, path)

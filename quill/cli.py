@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.options import NANOGPT_OPTIONS, Checked
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
@@ -124,8 +124,7 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
             positional.append(arg)
             continue
         key, equals, text = arg.lstrip("-").partition("=")
-        if not arg.startswith("--") or not key:
-            raise UserError(f"{arg}: options are written --key=value (see --help)")
+        check(arg.startswith("--") and key, f"{arg}: options are written --key=value (see --help)")
         if not equals and key in types_:
             if types_[key] is not bool:
                 default = describe_default(schema, key)

@@ -3,3 +3,9 @@
 
 class UserError(Exception):
     """One line that says what is wrong, where it is, and which flag or command fixes it."""
+
+
+def check(is_right: object, problem: str) -> None:
+    """Raise a UserError that says `problem` unless `is_right`: an assert for what a user can cause."""
+    if not is_right:
+        raise UserError(problem)

@@ -17,7 +17,7 @@ from torch import nn
 from quill.cli import note
 from quill.cores import free_cores
 from quill.distributed import ProcessGroup
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.options import TrainConfig
 
 # Dense bf16 peaks (V100, T4: fp16) in FLOP/s, from NVIDIA's data sheets, by regular expressions for the words of a
@@ -125,10 +125,8 @@ def pick_machine(config: Any, group: ProcessGroup | None = None, saved_threads: 
     if device.type == "cuda":
         device, name = _pick_gpu(device, group)
     elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("--device=mps: torch finds no Metal GPU here; use --device=cpu")
-        if group.world_size > 1:
-            raise UserError(f"--device=mps: {group.world_size} processes can't share it; use --device=cpu")
+        check(torch.backends.mps.is_available(), "--device=mps: torch finds no Metal GPU here; use --device=cpu")
+        check(group.world_size == 1, f"--device=mps: {group.world_size} processes can't share it; use --device=cpu")
         name = "mps"
     else:
         threads = torch.get_num_threads()
@@ -165,13 +163,12 @@ def set_threads(option: int | str, saved: int | None = None) -> str:
 
 
 def _pick_gpu(device, group):
-    if not torch.cuda.is_available():
-        raise UserError("--device=cuda: torch finds no CUDA here; use --device=cpu")
+    check(torch.cuda.is_available(), "--device=cuda: torch finds no CUDA here; use --device=cpu")
     if group.world_size > 1 and device.index is not None:
         raise UserError(f"--device={device}: {group.world_size} processes take a GPU each; use --device=cuda")
     index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-    if index >= torch.cuda.device_count():
-        raise UserError(f"cuda:{index}: this machine has {torch.cuda.device_count()} GPUs; one is needed per process")
+    gpus = torch.cuda.device_count()
+    check(index < gpus, f"cuda:{index}: this machine has {gpus} GPUs; one is needed per process")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     # Products that stay in float32 may use TF32, as in nanoGPT.
@@ -183,8 +180,8 @@ def _device(text, group):
     if text == "auto":
         mps = torch.backends.mps.is_available() and group.world_size == 1
         text = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not re.fullmatch("cuda(:0|:[1-9][0-9]?)?|(cpu|mps)(:0)?", text):
-        raise UserError(f"--device={text}: there is no such device; use auto, cpu, cuda, cuda:1 or mps")
+    is_device = re.fullmatch("cuda(:0|:[1-9][0-9]?)?|(cpu|mps)(:0)?", text)
+    check(is_device, f"--device={text}: there is no such device; use auto, cpu, cuda, cuda:1 or mps")
     return torch.device(text)
 
 

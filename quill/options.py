@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from quill.errors import UserError
+from quill.errors import UserError, check
 
 TEXTS = ("start", "score", "trace", "show")  # options that are any text, and not a name or a path
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
@@ -52,8 +52,7 @@ def _check_range(name: str, value: float, limits: dict[str, float]) -> None:
     if isinstance(value, int) and value >= 2**63 and name != "seed":
         raise UserError(f"--{name}={str(value)[:30]}: must be a finite number below 2**63")
     for key, limit in limits.items():
-        if not LIMITS[key](value, limit):
-            raise UserError(f"--{name}={value}: must be {key.replace('_', ' ')} {limit}")
+        check(LIMITS[key](value, limit), f"--{name}={value}: must be {key.replace('_', ' ')} {limit}")
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,18 @@ class ModelConfig(Checked, heading="The model's architecture"):
     init_std: float | None = option(None, "standard deviation of initial matrices; empty: as in GPT-2", above=0)
 
     def _check_group(self) -> None:
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
+        check(self.n_embd % self.n_head == 0, f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise UserError(
                 f"--position=rope rotates pairs, so the width of a head must be even: --n_embd={self.n_embd} / "
                 f"--n_head={self.n_head} is {self.n_embd // self.n_head}"
             )
-        if self.ngram == 1:
-            raise UserError("--ngram=1: each token has a vector already; give 2 or more, or 0 for none")
+        check(self.ngram != 1, "--ngram=1: each token has a vector already; give 2 or more, or 0 for none")
         if self.ngram and self.n_embd % (self.ngram - 1):
             raise UserError(f"--ngram={self.ngram}: --n_embd={self.n_embd} is not divisible by {self.ngram - 1}")
-        if self.mlp_ratio * self.n_embd > 2**31:
-            raise UserError(f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd} makes the MLP too wide")
-        if self.mlp_ratio and int(self.mlp_ratio * self.n_embd) < 1:
-            raise UserError(f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd} makes the width of the MLP 0")
+        width, product = self.mlp_ratio * self.n_embd, f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd}"
+        check(width <= 2**31, f"{product} makes the MLP too wide")
+        check(width == 0 or width >= 1, f"{product} makes the width of the MLP 0")
 
 
 @dataclass(frozen=True)
@@ -119,8 +115,7 @@ class RunConfig(Checked, heading="The run: where it reads, where it writes, how 
     seed: int = option(1337, "all random numbers are derived from this seed", at_least=0)
 
     def _check_group(self) -> None:
-        if not self.out_dir:
-            raise UserError("--out_dir= is empty; name a folder, as in --out_dir=out/mine")
+        check(self.out_dir, "--out_dir= is empty; name a folder, as in --out_dir=out/mine")
 
 
 @dataclass(frozen=True)
@@ -216,8 +211,7 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
 
     def _check_group(self) -> None:
-        if self.dtype == "int8":
-            raise UserError("--dtype=int8 is for sample.py; train with --dtype=auto")
+        check(self.dtype != "int8", "--dtype=int8 is for sample.py; train with --dtype=auto")
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from model import GPT
 from quill.cli import coerce, option_types
 from quill.data.tokenizers import from_json
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.options import ModelConfig, TrainConfig
 
 LARGEST = 2**53  # of a count: what a float can hold exactly
@@ -100,8 +100,7 @@ def _check_moments(optimizer, saved, step):
         indices = group.get("params") if isinstance(group, dict) else None
         if not isinstance(indices, list) or len(indices) != len(own["params"]):
             raise UserError("an optimizer's groups are not this run's")
-        if not all(type(index) is int for index in indices):
-            raise UserError("an optimizer's groups hold no numbers of parameters")
+        check(all(type(index) is int for index in indices), "an optimizer's groups hold no numbers of parameters")
         parameters.update(zip(indices, own["params"], strict=True))
     names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
     if step and set(moments) != set(parameters):
@@ -126,8 +125,7 @@ class SkipInit(TorchFunctionMode):
 
 def _expected_shapes(config, vocab_size, weights):
     """Return the shapes that the model's weights must have, from a model without memory. → {name: shape}"""
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise UserError("model must be weights by name")
+    check(isinstance(weights, dict) and all(isinstance(name, str) for name in weights), "model must be weights by name")
     layers = {match[1] for name in weights if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
     names = {f.name for f in fields(ModelConfig)}
     try:
@@ -145,8 +143,7 @@ def _expected_shapes(config, vocab_size, weights):
 
 
 def _check_weights(key, weights, expected, tied):
-    if not isinstance(weights, dict):
-        raise UserError(f"{key} must be weights by name, not {_short(weights)}")
+    check(isinstance(weights, dict), f"{key} must be weights by name, not {_short(weights)}")
     if missing := sorted(expected.keys() - weights.keys()):
         raise UserError(f"{key} lacks {missing[0]}")
     if unknown := sorted(map(str, weights.keys() - expected.keys())):
@@ -154,8 +151,7 @@ def _check_weights(key, weights, expected, tied):
     for name, shape in expected.items():
         if not _is_plain_tensor(weights[name]) or weights[name].shape != shape:
             raise UserError(f"{name} of {key} must be a tensor of numbers with the shape {tuple(shape)}")
-        if not weights[name].isfinite().all():
-            raise UserError(f"{name} of {key} is not finite")
+        check(weights[name].isfinite().all(), f"{name} of {key} is not finite")
     if tied and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise UserError(f"lm_head.weight and transformer.wte.weight of {key} differ, but config ties them")
 
@@ -168,9 +164,8 @@ def _require(state, key, is_right, what):
 
 
 def _count(state, key, at_least):
-    return _require(
-        state, key, lambda value: type(value) is int and at_least <= value <= LARGEST, f"a whole number from {at_least}"
-    )
+    what = f"a whole number from {at_least}"
+    return _require(state, key, lambda value: type(value) is int and at_least <= value <= LARGEST, what)
 
 
 def _is_finite(value):

@@ -27,7 +27,7 @@ import torch
 from model import GPT
 from quill.data.batches import Batches
 from quill.data.tokenizers import Tokenizer
-from quill.errors import UserError
+from quill.errors import check
 
 CONTEXT_WIDTH = 20  # columns for the context
 SHOWN = 5  # number of likeliest tokens in a row
@@ -88,8 +88,7 @@ def score(
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         logprobs = logits.log_softmax(dim=-1)
         losses = -logprobs.gather(1, y[used][:, None])[:, 0]
-        if not losses.isfinite().all():
-            raise UserError("the model's logits are not finite; try --dtype=float32")
+        check(losses.isfinite().all(), "the model's logits are not finite; try --dtype=float32")
         top = logprobs.topk(min(shown, logits.size(-1)))
         contexts = (row[: t + 1] for row, n in zip(x.tolist(), used.sum(1).tolist(), strict=True) for t in range(n))
         columns = (contexts, top.values.tolist(), top.indices.tolist(), y[used].tolist(), losses.tolist())

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from quill.errors import UserError
+from quill.errors import UserError, check
 
 SPECIAL = "<|endoftext|>"  # the special token of a tokenizer that is trained here, as in GPT-2
 SAMPLE = 2**28  # bytes of text that a tokenizer is trained on, at most
@@ -22,8 +22,7 @@ BORDER = re.compile(r".*\S(?= )|.*\S(?=\n)", re.DOTALL)
 
 def check_package() -> None:
     """Raise a UserError if the package `tokenizers` is missing."""
-    if find_spec("tokenizers") is None:
-        raise UserError("a BPE tokenizer needs a package: pip install tokenizers")
+    check(find_spec("tokenizers"), "a BPE tokenizer needs a package: pip install tokenizers")
 
 
 def cut(text: str) -> tuple[list[str], str]:
@@ -123,10 +122,6 @@ def read_description(values: Any) -> tuple[list[bytes], dict[int, str], str]:
 
 
 def _read_description(values):
-    def check(is_right, problem):
-        if not is_right:
-            raise UserError(problem)
-
     model, added, byte_of = values["model"], values.get("added_tokens") or [], byte_of_character()
     check(model.get("type", "BPE") == "BPE", f"its model is {model.get('type')!r}, not BPE")
     check(not model.get("dropout"), "it leaves out merges at random (dropout)")

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.files import folder_lock, replacing
 
 CHUNK = 2**20  # bytes read at a time
@@ -63,8 +63,7 @@ def locate(corpus: Corpus, input: str = "", data_dir: str | Path = "data") -> Pa
     UserError if the copy is not the corpus, can't be read, or can't be downloaded.
     """
     if not corpus.url:
-        if input:
-            raise UserError(f"--input={input}: {corpus.name} is bundled; for another text give --dataset=<a new name>")
+        check(not input, f"--input={input}: {corpus.name} is bundled; for another text give --dataset=<a new name>")
         return Path(__file__).parent.parent.parent / "data" / corpus.file
     if input:
         return verify(Path(input), corpus, "give another --input, or none to have it downloaded")

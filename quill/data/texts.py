@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from quill.data import bpe
 from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, code_points
-from quill.errors import UserError
+from quill.errors import UserError, check
 
 CHUNK = 2**20  # bytes of text in memory at a time
 LONGEST_DOCUMENT = 2**24  # characters; a document is in memory as a whole
@@ -200,12 +200,10 @@ def scan_text(text: Texts, tokenizer: Tokenizer | str, vocab_size: int) -> Scan:
         pieces = pieces if text.is_documents else bpe.cut_stream(strings)
         tokenizer = BPETokenizer(bpe.train(pieces, text.size, vocab_size), text.is_documents)
     deque(strings, maxlen=0)  # read all; BPE has done so
-    if length == 0:
-        raise UserError(f"{text.name}: there is no text in it")
+    check(length, f"{text.name}: there is no text in it")
     if text.is_documents and len(set(ends)) == 1:
         raise UserError(f"{text.name}: has one distinct document, but train and val need two that differ")
-    if length == 1:
-        raise UserError(f"{text.name}: has one token, but train and val need at least one each")
+    check(length > 1, f"{text.name}: has one token, but train and val need at least one each")
     chars = "".join(map(chr, np.flatnonzero(known)))
     try:  # here, so that nothing is written yet
         if isinstance(tokenizer, CharTokenizer):
@@ -234,8 +232,7 @@ def encode_splits(text: Texts, scan: Scan) -> Iterator[SplitIds]:
             ids = tokenizer.encode(piece)
             yield ids[:train_left], ids[train_left:]
             train_left = max(0, train_left - len(ids))
-    if text.digest.hexdigest() != scan.sha256:
-        raise UserError(f"{text.name}: changed while it was read; run the command again")
+    check(text.digest.hexdigest() == scan.sha256, f"{text.name}: changed while it was read; run the command again")
 
 
 def split_stream(texts: Iterable[str], train_left: int) -> Iterator[tuple[str, str]]:

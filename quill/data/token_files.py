@@ -23,7 +23,7 @@ from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.data.texts import CHUNK, SplitIds, Texts, encode_splits, find_texts, scan_text
 from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.files import folder_lock, replacing
 from quill.options import PrepareConfig
 
@@ -211,8 +211,7 @@ def open_split(path: Path, dtype: np.dtype, tokens: int, sha256: str, vocab_size
         raise UserError(f"has {size:,} bytes, but meta.json says {tokens:,} tokens of {dtype.itemsize} bytes")
     ids = np.memmap(path, dtype, mode="r")
     if size <= HASHED_BYTES:
-        if hashlib.sha256(ids.data).hexdigest() != sha256:
-            raise UserError("its SHA-256 is not the one in meta.json")
+        check(hashlib.sha256(ids.data).hexdigest() == sha256, "its SHA-256 is not the one in meta.json")
         if (largest := ids.max()) >= vocab_size:
             raise UserError(f"has the id {largest}, but the vocabulary in meta.json has {vocab_size}")
     return ids
