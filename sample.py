@@ -64,8 +64,7 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, str]:
 def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path) -> Tokenizer:
     """Return the tokenizer of the checkpoint `state`, which was loaded from `path`.
 
-    nanoGPT's checkpoints have none, because nanoGPT stores it with the dataset. For them, the dataset of the same name
-    in --data_dir is opened.
+    nanoGPT stores it with the dataset. For its checkpoints, the dataset of the same name in --data_dir is opened.
     """
     if state["tokenizer"] is not None:
         return from_json(state["tokenizer"])
@@ -102,19 +101,14 @@ def read_text(key: str, value: str) -> str:
         raise UserError(f"--{key}={value}: {error.strerror}") from None
 
 
-def as_given(key: str, value: str) -> str:
-    """Format --key=value for an error message: on one line, and shortened if the text is long."""
-    value = value if value.isprintable() else repr(value)[1:-1]
-    return f"--{key}={value if len(value) <= 80 or value.startswith('FILE:') else value[:79] + '…'}"
-
-
 def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path) -> tuple[np.ndarray, str]:
     """Read the text of the option `key` and encode it. → the ids (T,) and the text, with --score those that are scored
 
     Raise a UserError if there is nothing to score, or if the vocabulary of the checkpoint `path` lacks a character.
     """
     value, is_score = getattr(config, key), key == "score"
-    text, given = read_text(key, value), as_given(key, value)
+    text, shown = read_text(key, value), value if value.isprintable() else repr(value)[1:-1]
+    given = f"--{key}={shown if len(shown) <= 80 or value.startswith('FILE:') else shown[:79] + '…'}"
     if is_score and not scoring.split_documents(text, tokenizer):
         raise UserError(f"{given}: there is no text to score")
     try:

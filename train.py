@@ -16,12 +16,12 @@ import signal
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from model import GPT
 from quill import checkpoint
+from quill.checkpoint import Checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import DATA_ORDER, Batches, derive_seed
 from quill.data.splits import Splits, note_capped_evaluation, open_splits
@@ -31,7 +31,7 @@ from quill.errors import UserError, check
 from quill.machine import Machine, StopSignals, compile_model, keep_freed_memory, memory_limits, pick_machine
 from quill.observers import Observers
 from quill.optimizer import learning_rate
-from quill.options import TrainConfig
+from quill.options import Options, TrainConfig
 from quill.run_folder import RunFolder, folder_of, what_is_kept
 from quill.scoring import perplexity
 from quill.state import TrainState
@@ -99,8 +99,7 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
 def save(state: TrainState, better: bool) -> None:
     """Write last.pt, and best.pt if the last evaluation was the best.
 
-    best.pt is written first. If the machine stops between the two writes, the run resumes from the older last.pt and
-    repeats the evaluation.
+    best.pt is written first. If the machine stops between the writes, a resume repeats the evaluation from last.pt.
     """
     saved = state.state_dict()
     for name in ("best.pt", "last.pt") if better else ("last.pt",):
@@ -157,7 +156,7 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     # The first batch before the folder: if memory is too small for it, no other run is replaced.
     _, [(x, y, _), *_] = data.train_batches.global_batch(state.progress.step)
     machine.group.on_rank_0(folder.take, config)
-    compiled = compile_model(state.model, (x, y), config.compile, machine)
+    compiled = compile_model(state.model, x, y, config.compile, machine)
     state.train_model = parallelize(compiled, machine.group)
     keep_freed_memory()
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
@@ -175,25 +174,25 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     return code
 
 
-def launch(
-    config: TrainConfig, flags: dict[str, Any], saved: dict[str, Any] | None, machine: Machine, folder: RunFolder
-) -> int:
+def launch(config: TrainConfig, flags: Options, saved: Checkpoint | None, machine: Machine, folder: RunFolder) -> int:
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
     is_resume = config.init_from == "resume"
     if config.vocab_size is not None:  # a dry run without a dataset
-        return print_on_rank_0(describe(config, config.vocab_size, machine), machine)
+        machine.group.on_rank_0(print, describe(config, config.vocab_size, machine))
+        return 0
     data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
         saved = checkpoint.match_vocabulary(saved, data.dataset)
     if config.dry_run:
-        text = describe(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches)
-        return print_on_rank_0(text, machine)
+        machine.group.on_rank_0(print, describe(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches))
+        return 0
     state = TrainState(config, flags, data.dataset.tokenizer, machine, saved)
     note_capped_evaluation(config, data.val_batches)
     if config.eval_only:
         loss = evaluate(state.eval_model, data.val_batches, config, machine)
         text = f"step {saved['step'] if saved else 0}: val loss {loss:.4f}, perplexity {perplexity(loss):.3f}"
-        return print_on_rank_0(text, machine)
+        machine.group.on_rank_0(print, text)
+        return 0
     if state.progress.step >= config.max_iters:
         note(f"note: {config.out_dir} is at step {state.progress.step} already; to continue, raise --max_iters")
         return 0
@@ -201,14 +200,7 @@ def launch(
     return run_training(state, data, config, machine, folder)
 
 
-def print_on_rank_0(text: str, machine: Machine) -> int:
-    """Print the result of a command that trains nothing. → exit code 0"""
-    if machine.group.rank == 0:
-        print(text)
-    return 0
-
-
-def read_options(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_options(argv: list[str]) -> tuple[Options, Options]:
     """Read a command line. → the options of its config file, and its flags"""
     positional, flags = read_args(argv, TrainConfig, __doc__)
     check(len(positional) <= 1, f"give one config file, not {len(positional)}: {' '.join(positional)}")

@@ -29,9 +29,11 @@ from quill.data.token_files import Dataset
 from quill.errors import UserError, check
 from quill.files import replacing
 from quill.interop import NANOGPT_KEYS, PRETRAINED, find_pretrained, from_nanogpt, read_folder, without_padding
-from quill.options import ModelConfig, TrainConfig
+from quill.options import ModelConfig, Options, TrainConfig
 from quill.run_folder import RunFolder, what_is_kept
 from quill.schema import check_to_resume, check_to_sample
+
+Checkpoint = dict[str, Any]  # the content of a file: the keys above
 
 FORMAT = 2
 # The options that a run's weights fix.
@@ -44,7 +46,7 @@ FORMAT_1 = {"data_order": 1, "threads": None}  # what a checkpoint of format 1 m
 # ---------------------------------------------------------------- the file
 
 
-def save(path: Path | str, state: dict[str, Any]) -> None:
+def save(path: Path | str, state: Checkpoint) -> None:
     """Write `state` to `path`, whole or not at all. Raise a UserError if it can't be written."""
     try:
         with replacing(path) as (file,):
@@ -53,7 +55,7 @@ def save(path: Path | str, state: dict[str, Any]) -> None:
         raise UserError(f"{error}; {what_is_kept(Path(path).parent)}") from None
 
 
-def write(file: BinaryIO, state: dict[str, Any]) -> None:
+def write(file: BinaryIO, state: Checkpoint) -> None:
     """Write `state` to an open file. Raise an OSError if the operating system refuses."""
     try:
         torch.save({"format": FORMAT, **state}, file)
@@ -62,7 +64,7 @@ def write(file: BinaryIO, state: dict[str, Any]) -> None:
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def load(path: Path | str) -> dict[str, Any]:
+def load(path: Path | str) -> Checkpoint:
     """Load a file of quill's or nanoGPT's, or a Hugging Face folder with weights of GPT-2's family.
 
     → a dict with the keys above, tensors on the CPU. Raise a UserError if it is damaged or has a newer format.
@@ -117,7 +119,7 @@ def _require(state, keys, path):
         raise UserError(f"{path}: not a whole checkpoint: {', '.join(missing)} missing")
 
 
-def load_model(state: dict[str, Any]) -> GPT:
+def load_model(state: Checkpoint) -> GPT:
     """Return the model of a loaded checkpoint, on the CPU, with its averaged weights if it has them."""
     config = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
     model = GPT(ModelConfig(**config), state["vocab_size"])
@@ -125,7 +127,7 @@ def load_model(state: dict[str, Any]) -> GPT:
     return model
 
 
-def weights_to_sample(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+def weights_to_sample(state: Checkpoint) -> dict[str, torch.Tensor]:
     """Return the weights that samples and evaluations use: their moving average, if the run has one."""
     return state["model"] if state["ema"] is None else state["ema"]
 
@@ -141,15 +143,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 
 def resolve_start(
-    from_file: dict[str, Any], flags: dict[str, Any], folder: RunFolder
-) -> tuple[TrainConfig, dict[str, Any], dict[str, Any] | None]:
+    from_file: Options, flags: Options, folder: RunFolder
+) -> tuple[TrainConfig, Options, Checkpoint | None]:
     """Combine the config file, the flags and a checkpoint.
 
     → the config, all flags that this run was ever given, and the checkpoint to start from or None
     folder: the run's folder, which is locked if the run trains. Raise a UserError if an option contradicts the
     checkpoint, or if the folder has another run.
     """
-    given: dict[str, Any] = from_file | flags
+    given: Options = from_file | flags
     init_from = given.get("init_from", TrainConfig.init_from)
     held = folder.checkpoints()
     if init_from == "auto":
@@ -176,7 +178,7 @@ def resolve_start(
 
 
 def _resume(from_file, flags, held):
-    given: dict[str, Any] = from_file | flags
+    given: Options = from_file | flags
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     if not held:
         theirs = Path(out_dir) / "ckpt.pt"
@@ -191,7 +193,7 @@ def _resume(from_file, flags, held):
         note(f"note: {key}={old_flags[key]} was given as a flag earlier, and flags override the config file")
     given = {key: value for key, value in given.items() if key not in old_flags}
     _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer", "val_split"}), path)
-    options: dict[str, Any] = _values(state, {f.name for f in fields(TrainConfig)})
+    options: Options = _values(state, {f.name for f in fields(TrainConfig)})
     config = TrainConfig(**(options | given | {"init_from": "resume", "out_dir": out_dir}))
     if (config.ema_decay > 0) != (state["ema"] is not None):
         was = state["config"]["ema_decay"]
@@ -212,7 +214,7 @@ def _refuse_changes(given, fixed, path):
             raise UserError(f"{key}={given[key]}: {path} has {key}={fixed[key]}, which can't change; leave {key} out")
 
 
-def match_vocabulary(state: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def match_vocabulary(state: Checkpoint, dataset: Dataset) -> Checkpoint:
     """Return `state` without padded ids. Raise a UserError if it was trained with another vocabulary than `dataset`."""
     tokenizer, theirs = dataset.tokenizer, state["tokenizer"]
     if theirs is None:  # nanoGPT's checkpoints know the number of ids only

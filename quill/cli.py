@@ -1,8 +1,7 @@
 """Read a command line and a config file into checked options, and run a script so that errors are one line.
 
-Flags override the config file, which overrides the defaults. Every key is checked for existence and type, in flags and
-in files. The options themselves are in quill/options.py. This module and quill/options.py import nothing slow, so
-`python prepare.py --help` is fast.
+Flags override the config file, which overrides the defaults. Every key is checked for existence and type. The options
+are in quill/options.py. These two modules import nothing slow, so that `python prepare.py --help` is fast.
 """
 
 import ast
@@ -110,8 +109,7 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
     """Split a command line into positional arguments and flags. → the arguments, {key: value checked by `schema`}
 
     A flag is written --key=value. `--key` alone means True for a bool. `--key=` leaves a number at its default.
-    `--help` prints `doc` and the options, and exits with code 0. Raise a UserError if an option does not exist, or if
-    its value has the wrong type.
+    `--help` prints `doc` and the options, and exits with code 0. Raise a UserError for an unknown key or a wrong type.
     """
     positional, flags, types_ = [], {}, option_types(schema)
     # nanoGPT's keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
@@ -198,22 +196,19 @@ def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> d
     types_ = option_types(schema)
     if key in types_:
         return {key: coerce(value, types_[key], where, key)}
-    nanogpt_option = NANOGPT_OPTIONS.get(schema, {}).get(key)
-    if nanogpt_option is None:
-        raise UserError(f"{where}there is no option {key}{did_you_mean(key, types_)}")
-    becomes = nanogpt_option.becomes[coerce(value, bool, where, key)] if nanogpt_option.becomes else {}
-    if nanogpt_option.only is not None and value != nanogpt_option.only:
-        raise UserError(f"{where}{key}: {nanogpt_option.notice}")
-    note(f"note: {key}: {nanogpt_option.notice}")
-    return becomes
+    notice, accepted = NANOGPT_OPTIONS.get(schema, {}).get(key, ("", {}))
+    check(notice, f"{where}there is no option {key}{did_you_mean(key, types_)}")
+    value = coerce(value, bool, where, key) if True in accepted else value
+    check(not accepted or value in accepted, f"{where}{key}: {notice}")
+    note(f"note: {key}: {notice}")
+    return accepted[value] if accepted else {}
 
 
 def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     """Convert `value`, a flag's text or any value of a config file, to the type `kind` of an option.
 
     Numbers are converted where nothing is lost: "1e3" to the int 1000, "1" to the float 1.0. `T | None` takes "" and
-    "none" as None. A Literal takes its members only. Raise a UserError with `where`, `key` and the values that the
-    option takes if `value` is none of them.
+    "none" as None. A Literal takes its members only. Raise a UserError with `where`, `key` and the values it takes.
     """
     if not isinstance(value, (str, int, float, types.NoneType)):
         raise UserError(f"{where}{key} takes a number, a text in quotes, True or False, not {_as_text(value, repr)}")

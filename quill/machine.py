@@ -115,8 +115,7 @@ def pick_machine(config: Any, group: ProcessGroup | None = None, saved_threads: 
     """Pick the device and the dtype that `config` asks for, and set the number of torch's threads.
 
     Under torchrun, each process of a node uses its own GPU. saved_threads: the number of threads in the checkpoint. A
-    resumed run keeps it, because it decides how sums are rounded. Raise a UserError if the device or the dtype is not
-    available.
+    resumed run keeps it, because it decides how sums are rounded. Raise a UserError if something is not available.
     """
     group = group or ProcessGroup()
     training = isinstance(config, TrainConfig)
@@ -205,16 +204,13 @@ def _has_fbgemm():
     return torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
 
 
-def compile_model(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], option: bool | str, machine: Machine
-) -> Any:
+def compile_model(model: nn.Module, x: torch.Tensor, y: torch.Tensor, option: bool | str, machine: Machine) -> Any:
     """torch.compile where `option` (config.compile) asks for it and it works, else `model` itself.
 
-    batch: x and y, (B, T) each, on which the compiled model is tried, forward and backward.
+    x, y: a batch, (B, T) each, on which the compiled model is tried, forward and backward.
     """
     if not (machine.device.type == "cuda" if option == "auto" else option):
         return model
-    x, y = batch
     try:
         compiled = torch.compile(model)
         with machine.autocast():

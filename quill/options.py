@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from quill.errors import UserError, check
 
+Options = dict[str, Any]  # values by the names of options
+
 TEXTS = ("start", "score", "trace", "show")  # options that are any text, and not a name or a path
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
@@ -304,37 +306,22 @@ class BenchConfig(SystemConfig, heading="Benchmarks"):
     out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")
 
 
-@dataclass(frozen=True)
-class NanoGPTOption:
-    """An option of nanoGPT that quill does not have. quill prints `notice` and continues.
-
-    becomes: if not empty, the key is a bool, and these are the options that have the effect of True and of False.
-    only: the one value that is accepted; None accepts every value.
-    """
-
-    notice: str
-    becomes: dict[bool, dict[str, Any]] = field(default_factory=dict)
-    only: str | None = None
-
-
-NANOGPT_OPTIONS: dict[type[Checked], dict[str, NanoGPTOption]] = {
+# Options of nanoGPT that quill does not have. quill prints a notice and continues. If values follow the notice, only
+# these are accepted, and each sets the options that have its effect.
+NANOGPT_OPTIONS: dict[type[Checked], dict[str, tuple[str, dict[Any, Options]]]] = {
     TrainConfig: {
-        "wandb_log": NanoGPTOption("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard"),
-        "wandb_project": NanoGPTOption("not used: a run is named by --out_dir"),
-        "wandb_run_name": NanoGPTOption("not used: a run is named by --out_dir"),
-        "always_save_checkpoint": NanoGPTOption(
-            "not used: every evaluation writes last.pt, and best.pt keeps the best"
-        ),
-        "backend": NanoGPTOption("not used: nccl on CUDA, gloo on CPU"),
-        "decay_lr": NanoGPTOption(
+        "wandb_log": ("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard", {}),
+        "wandb_project": ("not used: a run is named by --out_dir", {}),
+        "wandb_run_name": ("not used: a run is named by --out_dir", {}),
+        "always_save_checkpoint": ("not used: every evaluation writes last.pt, and best.pt keeps the best", {}),
+        "backend": ("not used: nccl on CUDA, gloo on CPU", {}),
+        "decay_lr": (
             "use --schedule: True is cosine, False is constant without warm-up",
             {True: {"schedule": "cosine"}, False: {"schedule": "constant", "warmup_iters": 0}},
         ),
     },
     SampleConfig: {
-        "init_from": NanoGPTOption(
-            "--out_dir or --ckpt names the checkpoint, or the folder of GPT-2's weights", only="resume"
-        ),
-        "compile": NanoGPTOption("not used: sampling is uncompiled, with a cache of keys and values"),
+        "init_from": ("--out_dir or --ckpt names the checkpoint, or the folder of GPT-2's weights", {"resume": {}}),
+        "compile": ("not used: sampling is uncompiled, with a cache of keys and values", {}),
     },
 }

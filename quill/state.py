@@ -12,12 +12,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import GPT
 from quill import checkpoint, cpu
+from quill.checkpoint import Checkpoint
 from quill.data.batches import DATA_ORDER, derive_seed
 from quill.data.tokenizers import Tokenizer
 from quill.errors import UserError
 from quill.machine import Machine
 from quill.optimizer import make_optimizers
-from quill.options import TrainConfig
+from quill.options import Options, TrainConfig
 from quill.run_folder import what_is_kept
 from quill.schema import check_moments
 
@@ -45,10 +46,10 @@ class TrainState:
     def __init__(
         self,
         config: TrainConfig,
-        flags: dict[str, Any],
+        flags: Options,
         tokenizer: Tokenizer,
         machine: Machine,
-        saved: dict[str, Any] | None = None,
+        saved: Checkpoint | None = None,
     ):
         self.config, self.flags, self.tokenizer, self.machine = config, flags, tokenizer, machine
         self.progress, self.data_order = Progress(), DATA_ORDER
@@ -68,7 +69,7 @@ class TrainState:
         if saved is not None and config.init_from == "resume":
             self.load_state_dict(saved)
 
-    def add_optimizers(self, saved: dict[str, Any] | None = None) -> None:
+    def add_optimizers(self, saved: Checkpoint | None = None) -> None:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
         self.optimizers = make_optimizers(self.model, self.config)
         self.parameters = list(self.model.parameters())  # once, because this takes longer than their gradients' norm
@@ -86,7 +87,7 @@ class TrainState:
         """The weights that evaluations and samples use: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Checkpoint:
         """Return the content of a checkpoint, without its format number."""
         return {
             "config": asdict(self.config),
@@ -102,7 +103,7 @@ class TrainState:
             **asdict(self.progress),
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Checkpoint) -> None:
         """Restore what `state_dict` returned, without options and flags; `add_optimizers` restores the optimizers."""
         self.progress = Progress(**{f.name: saved[f.name] for f in fields(Progress)})
         self.progress.losses = list(saved["losses"])
@@ -127,9 +128,8 @@ class TrainState:
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
                 raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
         if self.scaler.get_scale() < 1e-4:
-            raise UserError(
-                f"step {self.progress.step}: gradients overflow float16 even with the smallest loss scale: {advice}"
-            )
+            overflow = "gradients overflow float16 even with the smallest loss scale"
+            raise UserError(f"step {self.progress.step}: {overflow}: {advice}")
         losses, norms = pairs.T.tolist()
         self.progress.losses += losses
         return losses, norms

@@ -49,7 +49,6 @@ def server(monkeypatch):
             file="tale.txt",
             url=f"http://127.0.0.1:{server.server_port}/ok",
             sha256=hashlib.sha256(TEXT).hexdigest(),
-            origin="a test",
         )
         yield server
         server.shutdown()

@@ -175,7 +175,7 @@ def test_compile_falls_back_to_the_model(monkeypatch, capsys):
     machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
 
     batch = torch.ones(1, 2), torch.ones(1, 2)
-    assert module.compile_model(model, batch, True, machine) is model
+    assert module.compile_model(model, *batch, True, machine) is model
     assert capsys.readouterr().err == "note: torch.compile failed (no compiler here); training continues uncompiled\n"
-    assert module.compile_model(model, batch, "auto", machine) is model  # auto is for CUDA
+    assert module.compile_model(model, *batch, "auto", machine) is model  # auto is for CUDA
     assert capsys.readouterr().err == ""

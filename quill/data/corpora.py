@@ -21,7 +21,6 @@ class Corpus:
 
     name: str
     file: str  # file name, in the folder $QUILL_CORPORA or, for a bundled corpus, in data/
-    origin: str  # who made it, and under which licence it is used
     url: str = ""
     sha256: str = ""
     documents: str = "none"  # as in --documents
@@ -30,25 +29,21 @@ class Corpus:
 CORPORA = {
     corpus.name: corpus
     for corpus in (
+        # 40,000 lines of Shakespeare's plays (public domain), collected for karpathy/char-rnn
         Corpus(
             name="shakespeare_char",
             file="tinyshakespeare.txt",
             url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
             sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-            origin="40,000 lines of Shakespeare's plays (public domain), collected for karpathy/char-rnn",
         ),
-        Corpus(
-            name="names",
-            file="names.txt",
-            origin="given names, typed for quill (MIT, like the rest of it)",
-            documents="lines",
-        ),
+        # Given names, typed for quill (MIT, like the rest of it)
+        Corpus(name="names", file="names.txt", documents="lines"),
+        # 32,033 given names in use in the USA in 2018 (ssa.gov), from karpathy/makemore (MIT)
         Corpus(
             name="names32k",
             file="names32k.txt",
             url="https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
             sha256="0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
-            origin="32,033 given names in use in the USA in 2018 (ssa.gov), from karpathy/makemore (MIT)",
             documents="lines",
         ),
     )
@@ -101,8 +96,7 @@ def check_sha256(actual: str, corpus: Corpus, what: str | Path, remedy: str) -> 
 def download(corpus: Corpus, path: Path) -> Path:
     """Download `corpus` to `path` and return `path`, with a progress bar if stderr is a terminal.
 
-    The file appears only when it is complete and verified. Raise a UserError if the server can't be reached, refuses,
-    ends too early or has another text.
+    The file appears only when it is complete and verified. Raise a UserError if the server does not send the text.
     """
     # Imported here, because they are slow to import and seldom needed.
     import http.client

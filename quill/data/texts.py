@@ -1,7 +1,6 @@
 """Text files to ids: find and read them, scan a text for its tokenizer and its length, split it and encode it.
 
-A text may be larger than memory. A byte-order mark at the start of a file is dropped, and every kind of line end is
-read as a newline.
+A text may be larger than memory. A byte-order mark is dropped, and every kind of line end is read as a newline.
 
 A stream is split once: its first nine tenths are for training, in characters (bytes with the byte tokenizer). BPE
 encodes the two parts as two texts. Of documents, about a tenth are for validation. The checksum of its text decides in

@@ -1,6 +1,5 @@
 """metrics.csv: one row for each evaluation."""
 
-import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,10 @@ class MetricsFile(Observer):
         """Append a row."""
         values: dict[str, Any] = vars(evaluation) | {"perplexity": perplexity(evaluation.val_loss)}
         values |= {"tokens_per_s": round(evaluation.tokens_per_s, 1), "seconds": round(evaluation.seconds, 3)}
-        row = {name: values[name] for name in self.columns}
         try:
             descriptor = open_without_links(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             with open(descriptor, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+                file.write(",".join(str(values[name]) for name in self.columns) + "\n")
         except OSError as error:
             kept = what_is_kept(self.path.parent)
             raise UserError(f"can't write {self.path}: {error.strerror}; {kept}") from None

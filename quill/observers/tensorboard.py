@@ -3,15 +3,13 @@
     python train.py config/names.py --tensorboard=True
     tensorboard --logdir=out
 
-It changes no gradient, random number or weight of the training. The package `tensorboard` is imported only when a
-TensorBoard is created, so that a run without it does not need the package.
+The package `tensorboard` is imported when a TensorBoard is created, so that a run without it does not need the package.
 
 Shapes: T tokens in a sequence.
 """
 
 import tempfile
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +66,7 @@ class TensorBoard(Observer):
             self.writer = SummaryWriter(self.folder, purge_step=self.progress.step + 1, flush_secs=10)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self):
         try:
             yield
         except OSError as error:
