@@ -84,7 +84,7 @@ def to_quill(source: Path, config: ExportConfig) -> None:
     """Write the Hugging Face folder `source` as best.pt in config.out_dir."""
     check(config.out_dir, "--to=quill: name the folder to write, as in --out_dir=out/mine")
     state, folder = checkpoint.load(source), RunFolder(config.out_dir)
-    with folder.locked():
+    with folder_lock(folder.path):
         if (found := folder.find_run()) and not config.overwrite:
             raise UserError(f"{found[0]} is another run's: choose another --out_dir, or give --overwrite=True")
         checkpoint.save(folder.path / "best.pt", state)

@@ -69,8 +69,7 @@ def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path
     if state["tokenizer"] is not None:
         return from_json(state["tokenizer"])
     name = state["config"]["dataset"]
-    if not name:
-        raise UserError(f"{path}: has no tokenizer that can be read; fine-tune it on a dataset, which has one")
+    check(name, f"{path}: has no tokenizer that can be read; fine-tune it on a dataset, which has one")
     try:
         tokenizer = open_dataset(config.data_dir, name).tokenizer
     except UserError as error:

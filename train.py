@@ -28,6 +28,7 @@ from quill.data.splits import Splits, note_capped_evaluation, open_splits
 from quill.describe import describe
 from quill.distributed import ProcessGroup, parallelize
 from quill.errors import UserError, check
+from quill.files import folder_lock
 from quill.machine import Machine, StopSignals, compile_model, keep_freed_memory, memory_limits, pick_machine
 from quill.observers import Observers
 from quill.optimizer import learning_rate
@@ -218,7 +219,7 @@ def main(argv: list[str]) -> int:
         given = from_file | flags
         folder = group.on_all_ranks(folder_of, given)
         if not (given.get("eval_only") or given.get("dry_run")):
-            group.on_rank_0(stack.enter_context, folder.locked())
+            group.on_rank_0(stack.enter_context, folder_lock(folder.path))
         config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags, folder)
         threads = saved["threads"] if saved and config.init_from == "resume" else None
         machine = group.on_all_ranks(pick_machine, config, group, threads)

@@ -7,12 +7,11 @@ that was killed before its first checkpoint start again.
 
 import hashlib
 import json
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 from quill.errors import UserError
-from quill.files import folder_lock, read_end, replacing
+from quill.files import read_end, replacing
 from quill.options import RunConfig, TrainConfig
 
 CHECKPOINTS = ("last.pt", "best.pt")  # the first one that exists is resumed
@@ -25,10 +24,6 @@ class RunFolder:
 
     def __init__(self, out_dir: str):
         self.path = Path(out_dir)
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder's lock in a `with` block. Raise a UserError if another process has it."""
-        return folder_lock(self.path)
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints of a run that exist, the one to resume from first.

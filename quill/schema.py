@@ -61,8 +61,7 @@ def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
     with _naming(path):
         _check_options("flags", _require(state, "flags", _is_options, "options"))
         _require(state, "losses", lambda x: isinstance(x, list) and all(map(_is_finite, x)), "finite numbers")
-        if len(state["losses"]) > state["step"]:
-            raise UserError(f"{len(state['losses'])} losses, but only {state['step']} steps")
+        check(len(state["losses"]) <= state["step"], f"{len(state['losses'])} losses, but only {state['step']} steps")
         _require(state, "seconds", lambda value: _is_finite(value) and value >= 0, "a number, 0 or more")
         _count(state, "evals_since_best", 0)
         _require(state, "scaler", lambda x: isinstance(x, dict) and all(map(_is_finite, x.values())), "numbers")

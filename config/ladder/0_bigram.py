@@ -20,7 +20,6 @@ residual = False
 norm = "none"
 tie_weights = False
 init_std = 0.1
-dropout = 0.0
 
 batch_size = 32
 gradient_accumulation_steps = 1
