@@ -38,15 +38,8 @@ from quill.files import replacing
 from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
-SPEED = {
-    "train": peers.train,
-    "loss": peers.recipe,
-    "generate": peers.generate,
-    "start": peers.start,
-    "prepare": peers.prepare,
-    "counts": counts,
-    "growth": growth,
-}
+SPEED = {"train": peers.train, "loss": peers.recipe, "generate": peers.generate, "start": peers.start}
+SPEED |= {"prepare": peers.prepare, "counts": counts, "growth": growth}
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
 CHECKS = ["replay", "faults"]  # tests, which lie in tests/
 NAMES = [*SPEED, *EXPERIMENTS, *CHECKS]

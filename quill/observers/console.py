@@ -21,14 +21,9 @@ class Console(Observer):
         self.plain_lines = not (on_terminal and sys.stdout.isatty())
         self.val_loss = None
         self.samples_wanted = config.eval_samples
-        self.bar = tqdm(
-            total=config.max_iters,
-            initial=step,
-            disable=not on_terminal,
-            dynamic_ncols=True,
-            leave=False,
-            bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )
+        form = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        settings = {"disable": not on_terminal, "dynamic_ncols": True, "leave": False, "bar_format": form}
+        self.bar = tqdm(total=config.max_iters, initial=step, **settings)
 
     def say(self, text: str) -> None:
         """Print a line on stdout. A run continues when the reader of stdout (`| head`) has closed it."""
