@@ -3,7 +3,7 @@
     python train.py config/shakespeare_char_laptop.py
 
 The model uses RoPE and QK-norm; Muon updates the matrices of the blocks. In so few steps, dropout only costs time.
-nanoGPT's README gives 1.4697, estimated from sampled batches, after three minutes on an A100. 
+nanoGPT's README gives 1.4697, estimated from sampled batches, after three minutes on an A100.
 
 Measured: 1,366 s (2 CPU cores, fp32, n = 1), validation loss 1.449 (n = 1).
 """
