@@ -1,12 +1,12 @@
-"""Tiny Shakespeare in the time of nanoGPT's laptop recipe, to a much lower loss: 0.6M parameters in the blocks.
+"""Tiny Shakespeare in the time of nanoGPT's laptop recipe, to a much lower loss: 1.7M parameters, 1M in the n-grams.
 
     python train.py config/shakespeare_char_fast.py
 
 The model uses RoPE, QK-norm, ReLU² and vectors for the last 2 to 5 characters; Muon updates the matrices of the blocks.
-On the same CPU, nanoGPT's laptop recipe takes 100 s and ends at 1.898. More steps overfit: the training loss falls on,
-and the validation loss rises.
+On the same CPU, nanoGPT's laptop recipe takes 105 s and ends at 1.898. Three times as many steps are worse: the model
+then knows the training split by heart, and the validation loss rises.
 
-Measured: 124 s (2 CPU cores, fp32, n = 3), validation loss 1.594 (n = 3).
+Measured: 62 s (2 CPU cores, bf16, n = 5), validation loss 1.502 (n = 5).
 """
 
 out_dir = "out/shakespeare_char_fast"

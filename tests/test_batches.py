@@ -202,7 +202,7 @@ def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monke
     data.tofile(tmp_path / "train.bin")
     small = make(data)
     monkeypatch.setattr(module, "ON_DEVICE_BYTES", 1000)
-    large = make(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="c"))
+    large = make(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="r"))
     assert small.prefetcher is None
     assert large.prefetcher is not None
     for step in [0, 1, 2, 7, 8, 3]:

@@ -13,6 +13,7 @@ Shapes: N tokens in a file, R rows, B rows in a batch, T = block_size.
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -107,7 +108,9 @@ class Batches:
         # torch can index signed integers only, so ids of the upper half are negative until `id_mask` is applied.
         signed = tokens.view(np.int16 if tokens.dtype.itemsize == 2 else np.int32)
         self.on_device = tokens.nbytes <= ON_DEVICE_BYTES
-        self.tokens = torch.from_numpy(np.array(signed)).to(device) if self.on_device else torch.from_numpy(signed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a mapped file is only read
+            self.tokens = torch.from_numpy(np.array(signed)).to(device) if self.on_device else torch.from_numpy(signed)
         self.positions = torch.arange(block_size + 1, device=self.tokens.device)
         self.order = lru_cache(maxsize=2)(self._order)  # a step may use rows of two epochs
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
