@@ -285,7 +285,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["replay"], "replay: give a checkout of nanoGPT"),
         (["replay", "--dtype=bfloat16"], "it takes no cases and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
-        (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for GPUs"),
+        (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16 is for sampling or for GPUs"),
         (["prepare", "--pairs=0"], "--pairs=0"),
         (["growth", "--gigabytes=0"], "--gigabytes=0"),
         (["growth", "training"], "training: python -m bench growth takes options only"),
@@ -368,14 +368,14 @@ def test_a_growth_that_is_not_as_shipped_is_not_drawn_into_docs(two_series, tmp_
 
 def test_what_generating_reads_is_counted(in_process, monkeypatch):
     """The formula beside the keys and values that the cache returned; the formula's mean is a token short."""
-    read, append = [], LayerCache.append
+    read, append = [], LayerCache.append_both
 
-    def count(self, k, v):
-        keys, values = append(self, k, v)
+    def count(self, kv):
+        keys, values = append(self, kv)
         read.append(keys.numel() + values.numel())
         return keys, values
 
-    monkeypatch.setattr(LayerCache, "append", count)
+    monkeypatch.setattr(LayerCache, "append_both", count)
     monkeypatch.setattr(growth, "MEDIUM", {"n_layer": 3, "n_head": 2, "n_embd": 16})
     cost, seconds = growth.generation(4, 60, 64, BenchConfig(device="cpu", dtype="float32"))
     last = read[-60 * 3 :]  # without the warm-up
