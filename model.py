@@ -17,16 +17,14 @@ References: GPT-2 (Radford et al. 2019) for the architecture and the initialisat
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-def rms_norm(width):
-    """RMSNorm (Zhang & Sennrich 2019) without weights."""
-    return nn.RMSNorm(width, eps=1e-5, elementwise_affine=False)
+rms_norm = partial(nn.RMSNorm, eps=1e-5, elementwise_affine=False)  # Zhang & Sennrich 2019, without weights
 
 
 def swiglu(x):
@@ -35,23 +33,23 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-NORMS = {
+def squared_relu(x):
+    """ReLU² (So et al. 2021, "Primer")."""
+    return F.relu(x).square()
+
+
+NORMS = {  # of the last dimension, (…, C) → (…, C)
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),
     "rmsnorm": lambda config: rms_norm(config.n_embd),
     "none": lambda config: nn.Identity(),
 }
 ACTIVATIONS = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # OpenAI's weights of GPT-2 were trained with it
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # OpenAI's weights of GPT-2 were trained with it
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer"
+    "relu2": squared_relu,
     "swiglu": swiglu,
 }
-
-
-def make_norm(config):
-    """Return the module of `config.norm`. It normalises the last dimension, (…, C) → (…, C)."""
-    return NORMS[config.norm](config)
 
 
 def rotary_table(block_size, head_width):
@@ -70,7 +68,7 @@ def rotate(x, rotary):
 def ngram_vectors(idx, n, table, start=0):
     """Concatenate vectors for the last 2, 3, …, n tokens at each place of `idx` (B, T) from start. → (B, T - start, C)
 
-    A hash picks their rows in `table`, (rows, C / (n - 1)), as in the Over-Tokenized Transformer (Huang et al. 2025).
+    A hash picks their rows in `table`, (rows, C / (n - 1)), after the Over-Tokenized Transformer (Huang et al. 2025).
     """
     row, vectors = idx, []
     for back in range(1, n):
@@ -138,16 +136,16 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.add = torch.add if config.residual else (lambda x, y: y)
-        self.ln_1 = make_norm(config)
+        self.residual = config.residual
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = make_norm(config) if config.mlp_ratio else nn.Identity()
+        self.ln_2 = NORMS[config.norm](config) if config.mlp_ratio else nn.Identity()
         self.mlp = MLP(config) if config.mlp_ratio else None
 
     def forward(self, x, rotary=None, cache=None):
         """The residual stream `x` (B, T, C) → (B, T, C)."""
-        x = self.add(x, self.attn(self.ln_1(x), rotary, cache))
-        return x if self.mlp is None else self.add(x, self.mlp(self.ln_2(x)))
+        x = self.attn(self.ln_1(x), rotary, cache) + (x if self.residual else 0)
+        return x if self.mlp is None else self.mlp(self.ln_2(x)) + (x if self.residual else 0)
 
 
 class GPT(nn.Module):
@@ -164,9 +162,9 @@ class GPT(nn.Module):
         width = config.n_embd // max(1, config.ngram - 1)
         self.transformer["ngrams"] = nn.Embedding(config.ngram_rows, width) if config.ngram else None
         self.transformer["drop"] = nn.Dropout(config.dropout)
-        self.transformer["ln_e"] = make_norm(config) if config.norm_embedding else nn.Identity()
+        self.transformer["ln_e"] = NORMS[config.norm](config) if config.norm_embedding else nn.Identity()
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transformer["ln_f"] = make_norm(config) if config.norm_final else nn.Identity()
+        self.transformer["ln_f"] = NORMS[config.norm](config) if config.norm_final else nn.Identity()
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight

@@ -5,7 +5,6 @@
     python -m bench replay --peer=../nanoGPT        # compare the losses of both from the same weights and batches
     python -m bench generate --peer=../nanoGPT      # tokens/s of generation, with random weights
     python -m bench start                           # time from the command to the first step, without `import torch`
-    python -m bench prepare --peer=../nanoGPT       # time to turn 100 MB of text into tokens
     python -m bench counts                          # the loss of a die, of counted characters and of counted pairs
     python -m bench ladder                          # train config/ladder, 3 seeds each, and draw docs/ladder.svg
     python -m bench growth                          # time against size of text, model, context …; docs/growth.svg
@@ -39,7 +38,7 @@ from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
 SPEED = {"train": peers.train, "loss": peers.recipe, "generate": peers.generate, "start": peers.start}
-SPEED |= {"prepare": peers.prepare, "counts": counts, "growth": growth}
+SPEED |= {"counts": counts, "growth": growth}
 EXPERIMENTS = {"ladder": ladder, "compare": compare}  # these take train.py's options too
 CHECKS = ["replay", "faults"]  # tests, which lie in tests/
 NAMES = [*SPEED, *EXPERIMENTS, *CHECKS]
@@ -52,7 +51,9 @@ def main(argv: list[str]) -> int:
     positional, given = read_args(own, BenchConfig, __doc__)
     name, paths = read_command(positional)
     config = with_full_paths(BenchConfig(**given))
-    pick_machine(config)  # so that a missing device or dtype is reported before the first run
+    machine = pick_machine(config)  # so that a missing device or dtype is reported before the first run
+    if name != "generate" and machine.device.type == "cpu" and config.dtype in ("float16", "int8"):
+        raise UserError(f"--dtype={config.dtype}: on a CPU, is for python -m bench generate")
     if name in EXPERIMENTS:
         options = read_args(rest, TrainConfig, __doc__)[1]
         if taken := options.keys() & FIXED:

@@ -43,8 +43,9 @@ def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfi
     both = " and ".join(paths)
     check(len({Path(path).stem for path in paths}) == 2, f"{both}: give two config files with different names")
     check(config.seeds > 1, "--seeds=1: an interval takes two seeds or more")
-    datasets = {TrainConfig(**(read_config_file(path, TrainConfig) | given)).dataset for path in paths}
-    check(len(datasets) == 1, f"{both}: losses on {' and '.join(sorted(datasets))} can't be compared")
+    configs = [TrainConfig(**(read_config_file(path, TrainConfig) | given)) for path in paths]
+    splits = sorted({f"{config.dataset}, --val_split={config.val_split}," for config in configs})
+    check(len(splits) == 1, f"{both}: losses on {' and '.join(splits)} can't be compared")
 
 
 def verdict(a: str, b: str, difference: float, margin: float) -> str:

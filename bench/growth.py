@@ -30,7 +30,9 @@ def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, I
     texts = sorted({1, 10, 100, 1000, 1000 * config.gigabytes})
     data = {"data_dir": str(folder), "dataset": "1"} | measure.machine_options(config)
     yield "prepare a text", "MB", ((n, n, prepare_seconds(n, folder, config)) for n in texts)
-    starts = ((n, 1, measure.start_seconds(SMALL | data | {"dataset": n})) for n in texts)
+    starts = (
+        (n, 1, measure.start_seconds(SMALL | data | {"dataset": n, "block_size": 64, "batch_size": 12})) for n in texts
+    )
     yield "start a training", "MB of text", starts
     models = (dict(zip(SMALL, numbers, strict=True)) | {"block_size": 256} for numbers in TO_126M)
     yield "training step", "parameters", ((outline(model).num_params(), *step(model | data)) for model in models)
@@ -76,7 +78,7 @@ def growth(config: BenchConfig) -> list[Line]:
             line: Line = {"what": what, "by": by, "sizes": sizes, "costs": costs, "seconds": seconds}
             lines.append(line | {"power": power(sizes, seconds), "expected": power(sizes, costs)})
             print(*describe(lines[-1]), sep=", ", flush=True)
-    as_shipped = not config.quick and config.dtype == "auto"
+    as_shipped = not config.quick and config.dtype == "auto" and config.device == "auto"
     with replacing((measure.ROOT / "docs" if as_shipped else Path(config.out_dir)) / "growth.svg") as (file,):
         file.write(draw(lines).encode())
     return lines
@@ -89,9 +91,9 @@ def power(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def describe(line: Line) -> tuple[str, str, str]:
     """Return what was measured, from where to where, and whether its power is within 15 % of what is expected."""
-    (first, *_, last), (least, *_, most), expected = line["sizes"], line["seconds"], line["expected"]
+    (smallest, *_, largest), (first, *_, last), expected = line["sizes"], line["seconds"], line["expected"]
     verdict = "within" if abs(line["power"] - expected) <= 0.15 * (expected or 1) else "NOT within"
-    span = f"{first:,} to {last:,} {line['by']}, {least:.3g} to {most:.3g} s"
+    span = f"{smallest:,} to {largest:,} {line['by']}, {first:.3g} to {last:.3g} s"
     return line["what"], span, f"power {line['power']:.2f}, expected {expected:.2f}: {verdict} 15 %"
 
 

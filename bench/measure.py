@@ -67,23 +67,22 @@ def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[
 
 
 def training_speed(options: dict[str, Any]) -> float:
-    """Train a short run. → tokens per second, without the time up to the first evaluation: it includes the warm-up"""
+    """Train a short run. → tokens per second, without those up to the first evaluation, which warm up"""
     _, rows = train({"gradient_accumulation_steps": 1, "eval_iters": 1} | options)
     return statistics.harmonic_mean(float(row["tokens_per_s"]) for row in rows[1:])
 
 
 def start_seconds(options: dict[str, Any]) -> float:
-    """Return the seconds from `python train.py` to its first step's line, less those of `import torch` alone."""
+    """Return the seconds from `python train.py` to its first step's line."""
     with TemporaryDirectory() as folder:
         options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
-        seconds = seconds_to_line("step 1/", ["train.py", *as_flags(options)])
-    return max(1e-3, seconds - seconds_to_line("done", ["-c", "import torch; print('done', flush=True)"]))
+        return seconds_to_line("step 1/", ["train.py", *as_flags(options)])
 
 
 def seconds_to_line(start: str, argv: list[str]) -> float:
     """Return the seconds until `python *argv` prints a line that starts with `start`; its end is not waited for."""
     began = time.perf_counter()
-    with subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as running:
         assert running.stdout
         check(any(line.startswith(start) for line in running.stdout), f"{argv[0]} ended before it printed {start}")
         seconds = time.perf_counter() - began
@@ -119,7 +118,8 @@ def train_or_resume(path: Path, seed: int, given: dict[str, Any], folder: str, c
         state = checkpoint.load(held)
         wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
         may_differ = ("init_from", "device", "data_dir", "out_dir")
-        if other := [key for key in wanted if key not in may_differ and state["config"].get(key) != wanted[key]]:
+        old = vars(TrainConfig()) | state["config"]  # an older quill has saved fewer options
+        if other := [key for key in wanted if key not in may_differ and old[key] != wanted[key]]:
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
     process(["train.py", path, *as_flags(options)])
     rows = read_metrics(out_dir)

@@ -1,10 +1,9 @@
-"""Compare quill and nanoGPT: training, generation, a recipe from start to end, start-up, preparing text.
+"""Compare quill and nanoGPT: training, generation, a recipe from start to end, start-up.
 
 The peer is a checkout of nanoGPT, which is not part of quill. Without one, quill is measured alone.
 """
 
 import re
-import shutil
 import statistics
 import tempfile
 from functools import partial
@@ -155,26 +154,10 @@ def peer_recipe_run(config: BenchConfig) -> tuple[float, float]:
 
 
 def start(config: BenchConfig) -> list[Line]:
-    """Measure from the command to the end of the first step, on prepared data, without the time of `import torch`."""
+    """Measure from the command to the first step's line, on prepared data, and less `import torch` alone, in turn."""
     options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
-    seconds = [measure.start_seconds(options) for _ in range(config.pairs)]
-    return [report("start-up to the first step, without import torch", "s", seconds)]
-
-
-def prepare(config: BenchConfig) -> list[Line]:
-    """Measure the whole process that turns 100 MB, copies of Tiny Shakespeare, into train.bin and val.bin."""
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "input.txt"
-        size = measure.write_text(text, 100, config)
-
-        def ours():
-            return process(["prepare.py", f"--input={text}", "--dataset=x", f"--data_dir={folder}"])[0]
-
-        def theirs():
-            # nanoGPT's script reads input.txt in its own folder: a copy of it, in the text's folder, reads our text.
-            script = Path(config.peer) / "data" / "shakespeare_char" / "prepare.py"
-            shutil.copy(script, folder)
-            return process(["prepare.py"], folder)[0]
-
-        figures = in_turn(config, ours, theirs)
-    return [report(f"prepare {size:.0f} MB, char", "s", *figures)]
+    program = ["-c", "import torch; print('done', flush=True)"]
+    pairs = [(measure.start_seconds(options), measure.seconds_to_line("done", program)) for _ in range(config.pairs)]
+    ours, alone = ([pair[i] for pair in pairs] for i in range(2))
+    print(f"less the medians: {statistics.median(ours) - statistics.median(alone):.3f} s")
+    return [report("start-up to the first step", "s", ours), report("import torch", "s", alone)]

@@ -2,9 +2,9 @@
 
     python train.py config/speedrun_cpu.py
 
-The vectors for the last 2 to 5 characters learn most, in the fewest steps; the block adds the rest. The model uses
-RoPE, QK-norm, RMSNorm and ReLU², and Muon updates the matrices of the block. On the same CPU, nanoGPT's laptop recipe
-takes 105 s and ends at 1.898.
+Of its 3.6M parameters, 3.1M are vectors for the last 2 to 5 characters, which learn in few steps. The model uses RoPE,
+QK-norm, RMSNorm and ReLU², and Muon updates the matrices of the block. On the same CPU, nanoGPT's laptop recipe takes
+105 s and ends at 1.898.
 
 Measured: 4.6 s (2 CPU cores, bf16, n = 5), validation loss 1.877 (n = 5).
 """

@@ -28,15 +28,15 @@ def for_sampling(model: GPT, machine: Machine) -> GPT:
     """Move `model` to the machine, with weights of machine.dtype and the faster layers. → `model`, changed in place
 
     On a CPU, float16 and int8 are the type of the Linear layers' weights, which take most of the time to read, and the
-    rest is float32: attention is several times slower in 16 bits. A Linear that the type does not fit is float32 too.
+    rest is float32: attention is several times slower in 16 bits. A Linear that the type can't hold is float32 too.
+    Such a model only computes: it can't be trained or saved.
     """
     if machine.device.type != "cpu" or machine.dtype not in SMALLER:
         return speed_up(model.to(machine.device, machine.dtype))
     smaller, fits = SMALLER[machine.dtype]
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and fits(child):
-                setattr(module, name, smaller(child))
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name in [name for name, child in module.named_children() if isinstance(child, nn.Linear) and fits(child)]:
+            setattr(module, name, smaller(getattr(module, name)))  # the float32 weights are freed one by one
     return speed_up(model)
 
 
@@ -80,7 +80,7 @@ class Dropout(nn.Dropout):
             return x
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         drawn, first = words.view(torch.int16)[: x.numel()].view(x.shape), int(p * 2**16) - 2**15
-        # 1 from `first` on, else 0: a comparison and the conversion of its bools would take four times as long.
+        # 1 from `first` on, else 0: faster than a comparison and the conversion of its bools.
         keep = drawn.clamp_(first - 1, first).sub_(first - 1).to(x.dtype)
         return x * keep.mul_(1 / (1 - p))
 
@@ -130,11 +130,11 @@ class Attention(CausalSelfAttention):
 
 
 class OneTokenBlock(Block):
-    """Block that computes one more token with a cache in few operations: each takes longer to start than to finish."""
+    """One more token with a cache, in few operations. It does not call the modules attn and mlp, nor their hooks."""
 
     def forward(self, x: torch.Tensor, rotary=None, cache=None) -> torch.Tensor:  # noqa: D102
         attn, mlp = self.attn, self.mlp
-        if cache is None or not cache.length or self.training or self.add is not torch.add or mlp is None:
+        if cache is None or not cache.length or self.training or not self.residual or mlp is None:
             return super().forward(x, rotary, cache)
         qkv = attn.c_attn(self.ln_1(x)).view(len(x), 3, attn.n_head, 1, -1)  # with one token, no permutation is needed
         if rotary is not None or not isinstance(attn.qk_norm, nn.Identity):
@@ -149,7 +149,7 @@ class OneTokenBlock(Block):
 
 FASTER = {nn.Linear: Linear, nn.Dropout: Dropout, CausalSelfAttention: Attention, Block: OneTokenBlock}
 SMALLER = {
-    # The range of float16 must hold the weights, which are then finite too.
+    # A weight beyond float16's range, or not finite, stays in float32.
     torch.float16: (Float16Linear, lambda linear: linear.weight.abs().max() <= torch.finfo(torch.float16).max),
     # torch's kernel for int8 reads beyond the end of a row that is not made of whole vectors.
     torch.int8: (Int8Linear, lambda linear: linear.in_features % 32 == 0),

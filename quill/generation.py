@@ -19,10 +19,11 @@ from torch import nn
 from model import GPT
 from quill.data.batches import derive_seed
 from quill.data.tokenizers import Tokenizer
-from quill.errors import UserError
+from quill.errors import check
 from quill.machine import Machine
 from quill.options import TrainConfig
 
+NOT_FINITE = "the model's logits are not finite: its weights may be damaged; or try --dtype=float32"
 COLDEST = 1e-6  # a temperature below this takes the likeliest token: logits / temperature may overflow float32
 
 
@@ -58,14 +59,13 @@ class LayerCache:
 def sample_token(logits: torch.Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> torch.Tensor:
     """Draw one token for each row of `logits` (B, V), with its `probabilities`. → (B,) int64"""
     if temperature < COLDEST:
+        check(logits.isfinite().all(), NOT_FINITE)
         return logits.argmax(dim=-1)
     try:
         return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator).squeeze(1)
     except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        reason = "its weights may be damaged; or try --dtype=float32"
-        raise UserError(f"the model's logits are not finite: {reason}") from None
+        check("probability tensor" not in str(error), NOT_FINITE)
+        raise
 
 
 def probabilities(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:

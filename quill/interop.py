@@ -36,7 +36,8 @@ def find_class(config: Any, path: Path) -> str:
     """Return the class of transformers that computes a GPT with `config`. Raise a UserError if there is none."""
     rope = config.position == "rope"
     refused = [*REFUSED.items(), *(REFUSED_WITH_ROPE if rope else REFUSED_WITHOUT).items()]
-    refused += [("ngram", config.ngram)] if config.ngram else []
+    if config.ngram:
+        raise UserError(f"{path}: no counterpart of ngram={config.ngram} in transformers (see docs/interop.md)")
     if options := [f"{key}={value}" for key, value in refused if getattr(config, key) == value]:
         near = "" if config.position == "none" else f" with position={config.position}"
         raise UserError(f"{path}: no counterpart of {', '.join(options)}{near} in transformers (see docs/interop.md)")

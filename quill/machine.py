@@ -33,7 +33,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "T4": 65e12,
 }
-BF16_PAYS = 2**14  # B × T × C from which a CPU trains faster in bfloat16; below, conversions take longer than products
+BF16_PAYS = 2**14  # B × T × C from which a CPU trains faster in bfloat16; below, the conversions cost more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Machine:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that a step frees: to get it again, zeroed, takes 3 % of a step at 10.7M parameters."""
+    """Let glibc keep the memory that a step frees: to get it again costs thousands of page faults in each step."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         for option, value in ((-1, 2**31 - 1), (-4, 0)):  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
             ctypes.CDLL(None).mallopt(option, value)
@@ -187,7 +187,7 @@ def _device(text, group):
 def _best_dtype(device, config):
     training = isinstance(config, TrainConfig)
     if device.type == "cpu" and not training and _has_fbgemm():
-        # A token takes 0.2 to 0.9 of its time in fp32 or bf16, and the loss is the same to 1e-5 nats (docs/records/).
+        # A token takes less time than in fp32 or bf16, and the loss is the same to 1e-5 nats (docs/records/).
         return torch.float16
     if device.type == "cuda":
         # Older cards emulate bf16, which is slower than fp32.

@@ -76,9 +76,14 @@ class ModelConfig(Checked, heading="The model's architecture"):
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
     ngram: int = option(
-        0, "add vectors for the last 2, 3, …, ngram tokens to the token embedding; 0: none", at_least=0, at_most=17
+        0,
+        "add a vector for the last 2, 3, …, ngram (at most 17) tokens to the embedding; 0: none",
+        at_least=0,
+        at_most=17,
     )
-    ngram_rows: int = option(16384, "rows of the hashed table of these vectors", at_least=1, below=2**31)
+    ngram_rows: int = option(
+        16384, "rows of the table of these vectors; n-grams may share a row", at_least=1, below=10**6
+    )
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
     tie_weights: bool = option(True, "lm_head and the token embedding share one matrix")
@@ -94,7 +99,9 @@ class ModelConfig(Checked, heading="The model's architecture"):
             )
         check(self.ngram != 1, "--ngram=1: each token has a vector already; give 2 or more, or 0 for none")
         if self.ngram and self.n_embd % (self.ngram - 1):
-            raise UserError(f"--ngram={self.ngram}: --n_embd={self.n_embd} is not divisible by {self.ngram - 1}")
+            raise UserError(
+                f"--ngram={self.ngram}: --n_embd={self.n_embd} is not divisible by ngram - 1 = {self.ngram - 1}"
+            )
         width, product = self.mlp_ratio * self.n_embd, f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd}"
         check(width <= 2**31, f"{product} makes the MLP too wide")
         check(width == 0 or width >= 1, f"{product} makes the width of the MLP 0")
@@ -202,7 +209,8 @@ class SystemConfig(Checked, heading="The machine"):
         below=4097,
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
-        "auto", "number type of matrix products; on a CPU, float16 and int8 are for sampling, and store its weights"
+        "auto",
+        "number type of matrix products; on a CPU, float16 and int8 are the type of the weights, for sampling only",
     )
 
 
@@ -300,7 +308,9 @@ class BenchConfig(SystemConfig, heading="Benchmarks"):
     pairs: int = option(5, "how many times quill and nanoGPT each run; they alternate", at_least=1)
     seeds: int = option(3, "for `bench compare` and `bench ladder`: number of seeds for each config", at_least=1)
     recipe: str = option("config/shakespeare_char_cpu.py", "for `bench loss` and `bench faults`: the config to run")
-    quick: bool = option(False, "for `bench faults` and `bench growth`: a few cases of each campaign, two sizes")
+    quick: bool = option(
+        False, "for `bench faults`: a few cases of each campaign; for `bench growth`: two sizes of each series"
+    )
     gigabytes: int = option(1, "for `bench growth`: the largest text; the disk needs three times as much", at_least=1)
     data_dir: str = option("data", "folder of the prepared datasets")
     out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")

@@ -72,7 +72,7 @@ class TrainState:
     def add_optimizers(self, saved: Checkpoint | None = None) -> None:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
         self.optimizers = make_optimizers(self.model, self.config)
-        self.parameters = list(self.model.parameters())  # once, because this takes longer than their gradients' norm
+        self.parameters = list(self.model.parameters())  # listed once: at every step, it would take time
         if saved is None or self.config.init_from != "resume":
             return
         optimizers = [optimizer for optimizer, _ in self.optimizers]

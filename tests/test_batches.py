@@ -189,7 +189,7 @@ def test_batches_that_are_made_together_are_those_made_alone(monkeypatch, bos):
             alone = make(data, bos, **where)
             for step, (total, micro_batches) in enumerate(many):
                 one_total, others = alone.global_batch(step)
-                assert alone.steps == 1 and together.steps >= 40
+                assert alone.chunk == 1 and together.chunk >= 40
                 assert total == one_total and [len(x) for x, _, _ in micro_batches] == [3, 2]
                 for (x, y, n), (u, v, k) in zip(micro_batches, others, strict=True):
                     assert torch.equal(x, u) and torch.equal(y, v) and n == k == (y >= 0).sum()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import GPT
+from model import GPT, CausalSelfAttention
 from quill.cpu import Dropout, Float16Linear, Int8Linear, Linear, for_sampling, speed_up
 from quill.generation import KVCache, generate
 from quill.machine import Machine
@@ -172,17 +172,22 @@ ONE_TOKEN = {
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("options", ONE_TOKEN.values(), ids=ONE_TOKEN)
 @torch.inference_mode()
-def test_one_more_token_is_what_the_plain_block_computes(options, autocast):
+def test_one_more_token_is_what_the_plain_block_computes(options, autocast, monkeypatch):
     """With dropout in the config, 3 rows, and the values that a cache of the plain model holds."""
     plain, fast = (model.eval() for model in pair(dropout=0.5, **options))
     idx = torch.randint(V, (3, 8), generator=torch.Generator().manual_seed(1))
-    hidden, caches = [], []
+    hidden, caches, forward, by_attention = [], [], CausalSelfAttention.forward, []
+    monkeypatch.setattr(
+        CausalSelfAttention, "forward", lambda self, *args: by_attention.append(self) or forward(self, *args)
+    )
     for model in (plain, fast):
         cache = KVCache(model.config)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             model.final_hidden(idx[:, :5], cache)
             hidden.append(torch.cat([model.final_hidden(idx[:, : t + 1], cache).float() for t in range(5, 8)], dim=1))
         caches.append(torch.stack([layer.stored.float() for layer in cache.layers]))
+    steps = [4, 4] if {"mlp_ratio", "residual"} & options.keys() else [4, 1]  # the fast block does without the module
+    assert [sum(module in model.modules() for module in by_attention) / 2 for model in (plain, fast)] == steps
     tolerance = (0.05 if autocast else 1e-5) * hidden[0].abs().max().item()
     torch.testing.assert_close(hidden[1], hidden[0], atol=tolerance, rtol=0)
     torch.testing.assert_close(caches[1], caches[0], atol=tolerance, rtol=0)

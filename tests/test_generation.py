@@ -146,11 +146,13 @@ def test_top_p_keeps_the_likeliest_and_at_1_everything(device, monkeypatch):
     assert token.item() == 0
 
 
-def test_logits_that_are_not_finite_are_one_line():
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_logits_that_are_not_finite_are_one_line(temperature):
     """As of weights that are finite, but so large that their products are not."""
-    with pytest.raises(UserError, match="logits are not finite"):
-        sample_token(torch.tensor([[1.0, math.nan, 0.0]]))
+    for logit in (math.nan, math.inf):
+        with pytest.raises(UserError, match="logits are not finite"):
+            sample_token(torch.tensor([[1.0, logit, 0.0]]), temperature)
     model = make()
     torch.nn.init.constant_(model.lm_head.weight, 1e308)
     with pytest.raises(UserError, match="logits are not finite"):
-        generate(model, tokens(1, 3), 5)
+        generate(model, tokens(1, 3), 5, temperature=temperature)

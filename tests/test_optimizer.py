@@ -69,6 +69,7 @@ def test_adamw_is_torchs():
     """Bit for bit, after a step, a save, a load and further steps with another learning rate."""
     ours, theirs = (torch.nn.Linear(8, 8) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
+    before = ours.weight.detach().clone()
     settings = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1, "fused": True}
     one, other = AdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
     for step in range(3):
@@ -83,7 +84,7 @@ def test_adamw_is_torchs():
             assert not any(state["exp_avg"].requires_grad for state in optimizer.state.values())
             assert all(parameter.requires_grad for parameter in module.parameters())
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert not torch.equal(ours.weight, torch.nn.Linear(8, 8).weight)
+    assert not torch.equal(ours.weight, before)
 
 
 def test_optimizers_do_not_import_the_compiler():
@@ -100,11 +101,11 @@ def test_optimizers_do_not_import_the_compiler():
         for optimizer in optimizers:
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())
-        print(len(optimizers), "torch" in sys.modules, "torch._dynamo" in sys.modules)
+        print(len(optimizers), "torch._dynamo" in sys.modules)
     """
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, encoding="utf-8")
-    assert done.stdout == "2 True False\n", done.stderr
+    assert done.stdout == "2 False\n", done.stderr
 
 
 def test_muon_is_torchs(monkeypatch):

@@ -29,7 +29,7 @@ DATA_ORDER = 2  # of new runs. With 1 (quill 0.1), no offset reached a stream's 
 ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the device as a whole
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
 GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
-AHEAD = 2**13  # tokens of small global batches that are made together: one by one, they took a sixth of microgpt's step
+AHEAD = 2**13  # tokens of small global batches that are made together, because many short operations cost time
 COUNTED = 2**20  # tokens whose bytes are added up at a time, so that a long split is not copied
 
 
@@ -112,10 +112,10 @@ class Batches:
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a mapped file is only read
             self.tokens = torch.from_numpy(np.array(signed)).to(device) if self.on_device else torch.from_numpy(signed)
         self.positions = torch.arange(block_size + 1, device=self.tokens.device)
-        self.order = lru_cache(maxsize=2)(self._order)  # a step may use rows of two epochs
+        self.order = lru_cache(maxsize=2)(self._order)  # rows at the end of an epoch and at the start of the next
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
         self.prefetched: dict[int, Future[list[tuple[int, list[Batch]]]]] = {}  # the next step's batch, by its step
-        self.steps = max(1, AHEAD // (rows * block_size)) if self.on_device else 1  # whose batches are made together
+        self.chunk = max(1, AHEAD // (rows * block_size)) if self.on_device else 1  # whose batches are made together
         self.made = lru_cache(maxsize=1)(self._make_global_batches)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -148,20 +148,20 @@ class Batches:
         → the number of tokens that the global batch predicts on all ranks, [(x, y, tokens predicted)]
         """
         if self.prefetcher is None:
-            return self.made(step - step % self.steps)[step % self.steps]
+            return self.made(step - step % self.chunk)[step % self.chunk]
         batch = self.prefetched.get(step) or self.prefetcher.submit(self._make_global_batches, step)
         self.prefetched = {step + 1: self.prefetcher.submit(self._make_global_batches, step + 1)}
         return batch.result()[0]
 
     def _make_global_batches(self, step: int) -> list[tuple[int, list[Batch]]]:
-        starts, lengths = (part.reshape(self.steps, self.rows) for part in self.step_rows(step, self.steps))
+        starts, lengths = (part.reshape(self.chunk, self.rows) for part in self.step_rows(step, self.chunk))
         totals = lengths.sum(axis=1).tolist()
         mine = slice(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
         starts, lengths = starts[:, mine], lengths[:, mine]
         x, y, _ = self.gather(starts.ravel(), lengths.ravel())
         x, y = x.unflatten(0, starts.shape), y.unflatten(0, starts.shape)  # (steps, B, T)
         cuts = [slice(i, i + self.micro_rows) for i in range(0, starts.shape[1], self.micro_rows)]
-        micro = [[(x[i, cut], y[i, cut], int(lengths[i, cut].sum())) for cut in cuts] for i in range(self.steps)]
+        micro = [[(x[i, cut], y[i, cut], int(lengths[i, cut].sum())) for cut in cuts] for i in range(self.chunk)]
         return list(zip(totals, micro, strict=True))
 
     def validation_rows(self) -> Rows:

@@ -38,10 +38,11 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
     settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
     settings |= {"device": machine.device, "data_order": data_order, "rank": group.rank, "world_size": group.world_size}
     bos, batches = dataset.tokenizer.bos, []
-    for name, tokens in (("train", dataset.train), ("val", dataset.val)):
+    held_out = "val split" if config.val_split == "val" else "held-out tail of the train split"
+    for name, tokens in (("train split", dataset.train), (held_out, dataset.val)):
         if bos is None and len(tokens) <= config.block_size:
             raise UserError(
-                f"the {name} split of {config.dataset} has {len(tokens)} tokens, too few for "
+                f"the {name} of {config.dataset} has {len(tokens)} tokens, too few for "
                 f"--block_size={config.block_size}: use a smaller one or a longer text"
             )
         batches.append(Batches(tokens, bos, config.block_size, **settings))
@@ -51,8 +52,8 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
 def hold_out_tail(dataset: Dataset) -> Dataset:
     """Return `dataset` with the last tenth of its training split as `val`, from a document's start on, and the rest.
 
-    With it, you can choose hyperparameters without a look at the validation split. Raise a UserError if no document
-    starts in the last tenth.
+    With it, you can choose hyperparameters without a look at the validation split. Documents that are sorted must be
+    shuffled before: their tail is not like the rest. Raise a UserError if no document starts in the last tenth.
     """
     train, bos = dataset.train, dataset.tokenizer.bos
     cut = len(train) - len(train) // 10

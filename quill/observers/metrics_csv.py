@@ -16,7 +16,8 @@ COLUMNS: list[str] = ["step", "lr", "train_loss", "val_loss", "perplexity", "tok
 class MetricsFile(Observer):
     """The file metrics.csv in out_dir. A file of an older quill has the first columns only, and keeps them.
 
-    Rows after the checkpoint, of `step`, are dropped, because their steps will run again; so are truncated rows.
+    Rows of later steps than `step`, the checkpoint's, are dropped, because these steps will run again. So are rows that
+    a crash has truncated.
     """
 
     def __init__(self, out_dir: str, step: int):
