@@ -28,11 +28,14 @@ COLDEST = 1e-6  # a temperature below this takes the likeliest token: logits / t
 
 
 class KVCache:
-    """The keys and values of each layer, at most block_size of them. `stream_tokens` replaces it when it is full."""
+    """The keys and values of each layer. `stream_tokens` replaces it when it has those of block_size tokens.
 
-    def __init__(self, config: Any):
+    capacity: the number of tokens that it has room for, if that is less than block_size.
+    """
+
+    def __init__(self, config: Any, capacity: int = 2**31):
         self.length = 0  # tokens that the model has seen; GPT.final_hidden counts them
-        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+        self.layers = [LayerCache(min(config.block_size, capacity)) for _ in range(config.n_layer)]
 
 
 class LayerCache:
@@ -111,7 +114,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     """
     block_size = model.config.block_size
     context = idx[:, -block_size:]  # the tokens that the next one depends on
-    cache = KVCache(model.config)
+    cache = KVCache(model.config, context.size(1) + max_new_tokens)
     done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     with eval_mode(model):
         for _ in range(max_new_tokens):

@@ -7,7 +7,7 @@ import torch
 
 from model import GPT
 from quill.errors import UserError
-from quill.generation import generate, sample_token, stream_tokens
+from quill.generation import LayerCache, generate, sample_token, stream_tokens
 from quill.options import ModelConfig
 
 V = 11
@@ -156,3 +156,14 @@ def test_logits_that_are_not_finite_are_one_line(temperature):
     torch.nn.init.constant_(model.lm_head.weight, 1e308)
     with pytest.raises(UserError, match="logits are not finite"):
         generate(model, tokens(1, 3), 5, temperature=temperature)
+
+
+def test_the_cache_has_room_for_what_is_asked_for(monkeypatch):
+    """Three tokens after a prompt of two need five places of a block of eight; beyond the block, all eight are used."""
+    made, create = [], LayerCache.__init__
+    monkeypatch.setattr(LayerCache, "__init__", lambda self, capacity: made.append(self) or create(self, capacity))
+    model = make(block_size=8, n_layer=1)
+    for new, capacities in ((3, [5]), (6, [8]), (8, [8, 8])):
+        made.clear()
+        generate(model, tokens(1, 2), new)
+        assert [layer.stored.size(3) for layer in made] == capacities
