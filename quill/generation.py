@@ -28,10 +28,7 @@ COLDEST = 1e-6  # a temperature below this takes the likeliest token: logits / t
 
 
 class KVCache:
-    """The keys and values of each layer. `stream_tokens` replaces it when it has those of block_size tokens.
-
-    capacity: the number of tokens that it has room for, if that is less than block_size.
-    """
+    """The keys and values of each layer, of up to `capacity` or block_size tokens. When full, a new one replaces it."""
 
     def __init__(self, config: Any, capacity: int = 2**31):
         self.length = 0  # tokens that the model has seen; GPT.final_hidden counts them

@@ -180,7 +180,7 @@ def test_a_stray_file_is_counted(place, tmp_path):
 
 def test_another_order_of_the_data_is_counted(place, tmp_path, monkeypatch):
     rows = Batches.step_rows
-    monkeypatch.setattr(Batches, "step_rows", lambda self, step: rows(self, step + (self.world_size == 4)))
+    monkeypatch.setattr(Batches, "step_rows", lambda self, step, n=1: rows(self, step + (self.world_size == 4), n))
     assert "hashes differ" in costs.order_case(place, "prose", 400, tmp_path)["problems"][0]
 
 

@@ -12,7 +12,7 @@ import train
 from quill import checkpoint
 from quill.errors import UserError
 from quill.files import folder_lock
-from quill.run_folder import RunFolder, what_is_kept
+from quill.run_folder import what_is_kept
 
 ROOT = os.path.dirname(train.__file__)
 
@@ -81,14 +81,14 @@ def test_a_run_that_starts_while_another_ends_deletes_nothing(flags, tmp_path):
 
 def test_the_folder_is_looked_at_under_its_lock(flags, tmp_path, monkeypatch):
     """A checkpoint that appears right before the lock is seen, because nothing was looked at before it."""
-    locked = RunFolder.locked
+    lock = train.folder_lock
 
-    def late(self):
-        self.path.mkdir()
-        (self.path / "last.pt").write_bytes(b"another run's")
-        return locked(self)
+    def late(path):
+        path.mkdir()
+        (path / "last.pt").write_bytes(b"another run's")
+        return lock(path)
 
-    monkeypatch.setattr(RunFolder, "locked", late)
+    monkeypatch.setattr(train, "folder_lock", late)
     with pytest.raises(UserError, match="last.pt is another run's"):
         train.main(flags())
     assert (tmp_path / "run" / "last.pt").read_bytes() == b"another run's"

@@ -115,7 +115,8 @@ class Batches:
         self.order = lru_cache(maxsize=2)(self._order)  # rows at the end of an epoch and at the start of the next
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
         self.prefetched: dict[int, Future[list[tuple[int, list[Batch]]]]] = {}  # the next step's batch, by its step
-        self.chunk = max(1, AHEAD // (rows * block_size)) if self.on_device else 1  # whose batches are made together
+        ahead = min(256, AHEAD // (rows * block_size)) if self.on_device else 1
+        self.chunk = max(1, ahead)  # steps whose batches are made together
         self.made = lru_cache(maxsize=1)(self._make_global_batches)
 
     def _order(self, epoch: int) -> np.ndarray:
