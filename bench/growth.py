@@ -16,6 +16,7 @@ from typing import Any
 from bench import measure
 from bench.ladder import picture
 from bench.measure import Line, outline
+from bench.peers import LAPTOP
 from quill.data.token_files import prepare
 from quill.files import replacing
 from quill.options import BenchConfig
@@ -30,9 +31,7 @@ def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, I
     texts = sorted({1, 10, 100, 1000, 1000 * config.gigabytes})
     data = {"data_dir": str(folder), "dataset": "1"} | measure.machine_options(config)
     yield "prepare a text", "MB", ((n, n, prepare_seconds(n, folder, config)) for n in texts)
-    starts = (
-        (n, 1, measure.start_seconds(SMALL | data | {"dataset": n, "block_size": 64, "batch_size": 12})) for n in texts
-    )
+    starts = ((n, 1, measure.start_seconds(LAPTOP | data | {"dataset": n})) for n in texts)
     yield "start a training", "MB of text", starts
     models = (dict(zip(SMALL, numbers, strict=True)) | {"block_size": 256} for numbers in TO_126M)
     yield "training step", "parameters", ((outline(model).num_params(), *step(model | data)) for model in models)
