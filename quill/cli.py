@@ -152,22 +152,18 @@ def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Pat
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
-    base, lines = names.pop("base", None), _line_numbers(path)
-    values = {} if base is None else _read_base(base, path, schema, (*readers, path.resolve()))
+    values, lines, readers = {}, _line_numbers(path), (*readers, path.resolve())
+    if (base := names.pop("base", None)) is not None:
+        where = f"{path}, line {lines.get('base', '?')}: base"
+        if not isinstance(base, str) or not (path.parent / base).is_file():
+            raise UserError(f"{where} is {_as_text(base, repr)}; name a config file in the same folder")
+        if (path.parent / base).resolve() in readers or len(readers) > 20:
+            raise UserError(f"{where} = {base} leads back to {base}, or to more than 20 files")
+        values = read_config_file(path.parent / base, schema, readers)
     for key, value in sorted(names.items(), key=lambda item: item[0] in NANOGPT_OPTIONS.get(schema, {})):
-        if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
-            continue
-        values.update(resolve_option(key, value, schema, f"{path}, line {lines.get(key, '?')}: "))
+        if not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
+            values.update(resolve_option(key, value, schema, f"{path}, line {lines.get(key, '?')}: "))
     return values
-
-
-def _read_base(base, path, schema, readers):
-    where = f"{path}, line {_line_numbers(path).get('base', '?')}: base"
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{where} is {_as_text(base, repr)}; name a config file in the same folder")
-    if (path.parent / base).resolve() in readers or len(readers) > 20:
-        raise UserError(f"{where} = {base} leads back to {base}, or to more than 20 files")
-    return read_config_file(path.parent / base, schema, readers)
 
 
 def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
@@ -183,7 +179,7 @@ def _find_config_file(path: Path) -> Path:
     for found in (path, CONFIG_DIR.parent / path):
         if found.is_file():
             return found
-    known = [str(Path("config") / p.relative_to(CONFIG_DIR)) for p in config_files()]
+    known = [str(p.relative_to(CONFIG_DIR.parent)) for p in config_files()]
     guess = did_you_mean(str(path), known) or did_you_mean(f"config/{path}.py", known)
     raise UserError(f"{path}: no such config file{guess}; `python train.py` lists them")
 
@@ -272,7 +268,7 @@ def list_configs() -> str:
             doc = ast.get_docstring(ast.parse(path.read_bytes())) or ""
         except (SyntaxError, UnicodeDecodeError) as error:
             doc = f"({type(error).__name__})"
-        rows.append((str(Path("config") / path.relative_to(CONFIG_DIR)), doc.partition("\n")[0]))
+        rows.append((str(path.relative_to(CONFIG_DIR.parent)), doc.partition("\n")[0]))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:{width}}  {doc}" for name, doc in rows)
 
