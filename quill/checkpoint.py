@@ -86,9 +86,9 @@ def load(path: Path | str) -> Checkpoint:
 def find(out_dir: str | Path) -> Path:
     """Return the path of the best checkpoint in `out_dir`. Raise a UserError if there is none."""
     names = ("best.pt", "last.pt", "ckpt.pt")
-    for name in names:
-        if (Path(out_dir) / name).is_file():
-            return Path(out_dir) / name
+    for path in (Path(out_dir) / name for name in names):
+        if path.is_file():
+            return path
     raise UserError(f"{out_dir}: has none of {', '.join(names)}; train a run first, or name a checkpoint")
 
 
@@ -163,8 +163,7 @@ def resolve_start(
 
     # 2. scratch: the options alone.
     if init_from == "scratch":
-        given["init_from"] = "scratch"
-        config, state = TrainConfig(**given), None
+        config, state = TrainConfig(**(given | {"init_from": "scratch"})), None
 
     # 3. fine-tune: the checkpoint's architecture and weights. All else, the optimizer too, starts anew.
     else:
@@ -195,11 +194,8 @@ def _resume(from_file, flags, held):
     _refuse_changes(given, _values(state, ARCHITECTURE_KEYS | {"optimizer", "val_split"}), path)
     options: Options = _values(state, {f.name for f in fields(TrainConfig)})
     config = TrainConfig(**(options | given | {"init_from": "resume", "out_dir": out_dir}))
-    if (config.ema_decay > 0) != (state["ema"] is not None):
-        was = state["config"]["ema_decay"]
-        raise UserError(
-            f"--ema_decay={config.ema_decay}: {path} has ema_decay={was}; a resumed run can't turn averaging on or off"
-        )
+    problem = f"{path} has ema_decay={options['ema_decay']}; a resumed run can't turn averaging on or off"
+    check((config.ema_decay > 0) == (state["ema"] is not None), f"--ema_decay={config.ema_decay}: {problem}")
     return config, state["flags"] | flags, state
 
 
@@ -222,9 +218,8 @@ def match_vocabulary(state: Checkpoint, dataset: Dataset) -> Checkpoint:
     # GPT-2's <|endoftext|> is among its ids. It can start documents, whether the model has seen any or not.
     same = theirs is None or theirs | {"documents": None} == tokenizer.to_json() | {"documents": None}
     if state["vocab_size"] != tokenizer.vocab_size or not same:
-        kind = theirs["kind"] if theirs else "unknown"
-        raise UserError(
-            f"--dataset={dataset.name}: its vocabulary ({tokenizer.vocab_size} ids, {tokenizer.kind}) is not the one "
-            f"that the checkpoint was trained on ({state['vocab_size']} ids, {kind})"
-        )
+        own = f"({tokenizer.vocab_size} ids, {tokenizer.kind})"
+        other = f"({state['vocab_size']} ids, {theirs['kind'] if theirs else 'unknown'})"
+        problem = f"its vocabulary {own} is not the one that the checkpoint was trained on {other}"
+        raise UserError(f"--dataset={dataset.name}: {problem}")
     return state

@@ -1,7 +1,4 @@
-"""The known corpora, and how to find a verified copy of each: in the repository, on this machine, or by download.
-
-Turning a text into tokens is left to quill/data/token_files.py.
-"""
+"""The known corpora, and how to find a verified copy of each: in the repository, on this machine, or by download."""
 
 import hashlib
 import os
@@ -62,10 +59,9 @@ def locate(corpus: Corpus, input: str = "", data_dir: str | Path = "data") -> Pa
         return Path(__file__).parent.parent.parent / "data" / corpus.file
     if input:
         return verify(Path(input), corpus, "give another --input, or none to have it downloaded")
-    if folder := os.environ.get("QUILL_CORPORA"):
-        path = Path(folder) / corpus.file
-        if os.path.isfile(path):
-            return verify(path, corpus, "fix or unset the environment variable QUILL_CORPORA")
+    folder = os.environ.get("QUILL_CORPORA")
+    if folder and os.path.isfile(path := Path(folder) / corpus.file):
+        return verify(path, corpus, "fix or unset the environment variable QUILL_CORPORA")
     path = Path(data_dir) / corpus.name / "source.txt"
     if os.path.isfile(path):
         return verify(path, corpus, "delete it to have it downloaded again")
@@ -87,10 +83,8 @@ def verify(path: Path, corpus: Corpus, remedy: str) -> Path:
 
 def check_sha256(actual: str, corpus: Corpus, what: str | Path, remedy: str) -> None:
     """Raise a UserError about `what`, with `remedy` at its end, unless `actual` is the SHA-256 of `corpus`."""
-    if actual != corpus.sha256:
-        raise UserError(
-            f"{what} is not {corpus.name}: its SHA-256 is {actual[:12]}…, not {corpus.sha256[:12]}…; {remedy}"
-        )
+    problem = f"its SHA-256 is {actual[:12]}…, not {corpus.sha256[:12]}…"
+    check(actual == corpus.sha256, f"{what} is not {corpus.name}: {problem}; {remedy}")
 
 
 def download(corpus: Corpus, path: Path) -> Path:
@@ -105,11 +99,8 @@ def download(corpus: Corpus, path: Path) -> Path:
 
     from tqdm import tqdm
 
-    url = corpus.url
-    remedy = (
-        f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`; "
-        "`python train.py config/names.py` needs no network"
-    )
+    url, by_hand = corpus.url, f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`"
+    remedy = f"{by_hand}; `python train.py config/names.py` needs no network"
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             size, title = response.length, f"download {corpus.name}"
