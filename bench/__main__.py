@@ -27,9 +27,8 @@ from importlib import import_module
 from pathlib import Path
 
 from bench import peers
-from bench.compare import compare
+from bench.experiments import compare, counts, ladder
 from bench.growth import growth
-from bench.ladder import counts, ladder
 from bench.measure import ROOT, Line, hardware
 from quill.cli import read_args, run
 from quill.errors import UserError, check

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import measure
-from bench.ladder import picture
+from bench.experiments import picture
 from bench.measure import Line, outline
 from bench.peers import LAPTOP
 from quill.data.token_files import prepare

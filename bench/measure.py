@@ -33,19 +33,13 @@ def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = Non
     """Run `python *argv` to its end. → seconds, what it printed. Raise a UserError if it fails."""
     argv = [str(arg) for arg in argv]
     began = time.perf_counter()
-    done = run_python(argv, cwd, stdin)
+    done = subprocess.run([sys.executable, *argv], cwd=cwd, input=stdin, capture_output=True, encoding="utf-8")
     seconds = time.perf_counter() - began
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         words = [arg for arg in argv if not arg.startswith("-")]
         raise UserError(f"{' '.join(words)} in {cwd} failed: {reason}")
     return seconds, done.stdout
-
-
-def run_python(argv: list[str], cwd: Path | str, stdin: str | None) -> subprocess.CompletedProcess[str]:
-    """Run `python *argv` in the folder `cwd` with the text `stdin` as its input. Tests replace this function."""
-    argv = [sys.executable, *argv]
-    return subprocess.run(argv, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8")
 
 
 def program(module: str, **options: Any) -> Any:

@@ -6,11 +6,13 @@ import math
 import re
 import statistics
 import subprocess
+import sys
 import xml.etree.ElementTree
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,7 @@ import sample
 import train
 from bench import __main__ as bench
 from bench import generation, growth, measure, peers
-from bench.compare import paired_difference, t_quantile, verdict
-from bench.ladder import counts, draw
+from bench.experiments import counts, draw, paired_difference, t_quantile, verdict
 from quill.cli import read_config_file
 from quill.data import token_files
 from quill.errors import UserError
@@ -37,20 +38,21 @@ def in_process(monkeypatch):
     """The benches' commands run in this process: a new process would import torch for each of them."""
     scripts = {"train.py": train, "sample.py": sample, "prepare.py": prepare}
 
-    def run_python(argv, cwd, stdin):
-        assert cwd == measure.ROOT
+    def run(command, cwd, input, **settings):
+        python, *argv = command
+        assert python == sys.executable and cwd == measure.ROOT
         out, err, code = io.StringIO(), "", 0
         with redirect_stdout(out):
             try:
                 if argv[0] == "-m":
-                    print(json.dumps(import_module(argv[1]).main(**json.loads(stdin))))
+                    print(json.dumps(import_module(argv[1]).main(**json.loads(input))))
                 else:
                     code = scripts[argv[0]].main(argv[1:])
             except UserError as error:
                 code, err = 2, f"{argv[0]}: {error}"
         return subprocess.CompletedProcess(argv, code or 0, out.getvalue(), err)
 
-    monkeypatch.setattr(measure, "run_python", run_python)
+    monkeypatch.setattr(measure, "subprocess", SimpleNamespace(run=run, Popen=subprocess.Popen, PIPE=subprocess.PIPE))
 
 
 def test_a_process_and_its_failure():

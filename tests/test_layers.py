@@ -250,7 +250,7 @@ def test_every_file_is_read():
         ({"model.py": "from quill.errors import UserError", "quill/errors.py": ""}, "must work alone"),
         ({"model.py": "import numpy"}, "imports numpy"),
         ({"sample.py": "def f():\n    import train", "train.py": ""}, "only tests import scripts"),
-        ({"bench/ladder.py": "from train import main", "train.py": ""}, "only tests import scripts"),
+        ({"bench/peers.py": "from train import main", "train.py": ""}, "only tests import scripts"),
         ({"quill/state.py": "from .checkpoint import save"}, "relative import"),
         (
             {"quill/options.py": "import quill.cli", "quill/cli.py": "def f():\n    from quill.options import Checked"},

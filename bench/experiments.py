@@ -1,14 +1,18 @@
-"""The ladder, config/ladder/: train each rung with several seeds, and show the losses as a table and as a picture."""
+"""Experiments that train configs with several seeds: compare two configs in pairs, or train the rungs of the ladder."""
 
+import math
 import statistics
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT, Line, train_or_resume
+import numpy as np
+
+from bench.measure import ROOT, Line, span, train_or_resume
 from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
+from quill.errors import check
 from quill.files import replacing
 from quill.options import BenchConfig, TrainConfig
 from quill.scoring import count_losses
@@ -16,6 +20,66 @@ from quill.scoring import count_losses
 ROW, LEFT, WIDTH = 38, 190, 720  # pixels: a rung's height, where the scale begins, the picture's width
 STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
 TITLE = "validation loss, nats a character; a dot is the mean of the runs, a bar their range"
+
+
+def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
+    """Train both configs with seeds 1, 2, …; a run that an earlier call left unfinished is resumed.
+
+    paths: two config files. given: train.py's options that both runs get.
+    """
+    check_comparable(paths, given, config)
+    runs: dict[str, list[Line]] = {path: [] for path in paths}
+    for seed in range(1, config.seeds + 1):
+        for path in paths:
+            run = train_or_resume(Path(path), seed, given, "compare", config)
+            runs[path].append(run)
+            print(f"{Path(path).stem}, seed {seed}: val loss {run['val_loss']:.4f}", flush=True)
+    a, b = ([run["val_loss"] for run in runs[path]] for path in paths)
+    for path, losses in zip(paths, (a, b), strict=True):
+        loss = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+        speeds, seconds = (span([run[key] for run in runs[path]]) for key in ("tokens_per_s", "seconds"))
+        print(f"{Path(path).stem}: val loss {loss}, {speeds} tokens/s, {seconds} s")
+    difference, margin = paired_difference(a, b)
+    words = verdict(Path(paths[0]).stem, Path(paths[1]).stem, difference, margin)
+    print(f"{words} (val loss, 95 % interval, {config.seeds} pairs)")
+    lines: list[Line] = [{"config": path, "runs": runs[path]} for path in paths]
+    return [*lines, {"difference": difference, "margin": margin, "verdict": words}]
+
+
+def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfig) -> None:
+    """Raise a UserError if the two configs can't be compared: same name, too few seeds, or different datasets."""
+    both = " and ".join(paths)
+    check(len({Path(path).stem for path in paths}) == 2, f"{both}: give two config files with different names")
+    check(config.seeds > 1, "--seeds=1: an interval takes two seeds or more")
+    configs = [TrainConfig(**(read_config_file(path, TrainConfig) | given)) for path in paths]
+    splits = sorted({f"{config.dataset}, --val_split={config.val_split}," for config in configs})
+    check(len(splits) == 1, f"{both}: losses on {' and '.join(splits)} can't be compared")
+
+
+def verdict(a: str, b: str, difference: float, margin: float) -> str:
+    """Say which of the configs named `a` and `b` has the lower loss. `difference` ± `margin` is b's loss minus a's."""
+    if abs(difference) <= margin:
+        return f"{a} and {b} can't be told apart: {b} - {a} = {difference:+.4f} ± {margin:.4f}"
+    better = b if difference < 0 else a
+    return f"{better} is better by {abs(difference):.4f} ± {margin:.4f}"
+
+
+def paired_difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Compare two samples in pairs. → mean of b - a, half the width of its 95 % interval"""
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), t_quantile(len(differences) - 1) * error
+
+
+def t_quantile(degrees: int, probability: float = 0.95) -> float:
+    """Return the t for which Student's distribution has `probability` between -t and t.
+
+    The density of the angle atan(t / √degrees) is proportional to cos(angle)^(degrees - 1); it is summed from 0 to π/2.
+    """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    areas = np.cumsum(np.cos((angles[:-1] + angles[1:]) / 2) ** (degrees - 1))
+    angle = np.interp(probability, areas / areas[-1], angles[1:])
+    return math.sqrt(degrees) * math.tan(angle)
 
 
 def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
