@@ -47,12 +47,10 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
         return config, None
     corpus = known_corpus(names[0])
     fixed = {"dataset": corpus.name, "tokenizer": PrepareConfig.tokenizer, "documents": corpus.documents, "bins": ""}
+    remedy = "leave it out, or prepare the text as your own with --input=FILE --dataset=<a new name>"
     for key, value in fixed.items():
-        if flags.get(key, value) != value:
-            raise UserError(
-                f"--{key}={flags[key]}: {corpus.name} has {key}={value}; leave it out, "
-                "or prepare the text as your own with --input=FILE --dataset=<a new name>"
-            )
+        given = flags.get(key, value)
+        check(given == value, f"--{key}={given}: {corpus.name} has {key}={value}; {remedy}")
     return config, corpus
 
 
@@ -76,11 +74,9 @@ def check_own_text(config: PrepareConfig) -> None:
         fix = f"use `python prepare.py {config.dataset}`" if config.dataset in CORPORA else "add --input=FILE"
         raise UserError(f"--dataset={config.dataset}: no --input given; {fix}")
     check(config.dataset, f"{given}: no name given for the dataset; add one, as in --dataset=mine")
-    if config.dataset in CORPORA:
-        raise UserError(
-            f"--dataset={config.dataset} is the name of a known corpus; choose another, "
-            f"or, if {config.input} is that corpus, `python prepare.py {config.dataset} --input={config.input}`"
-        )
+    fix = f"if {config.input} is that corpus, `python prepare.py {config.dataset} --input={config.input}`"
+    problem = f"--dataset={config.dataset} is the name of a known corpus; choose another, or, {fix}"
+    check(config.dataset not in CORPORA, problem)
     rule = "use only letters, digits and - _ . in the name, and begin it with a letter"
     check(re.fullmatch(r"\w[\w.-]*", config.dataset), f"--dataset={config.dataset}: {rule}, as in --dataset=mine")
 

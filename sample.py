@@ -73,14 +73,11 @@ def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path
     try:
         tokenizer = open_dataset(config.data_dir, name).tokenizer
     except UserError as error:
-        raise UserError(
-            f"{path} is a nanoGPT checkpoint. Its characters are in the dataset {name}, which can't be opened: {error}"
-        ) from None
-    if tokenizer.vocab_size != state["vocab_size"]:
-        raise UserError(
-            f"{path} has {state['vocab_size']} ids, but {config.data_dir}/{name} has {tokenizer.vocab_size}; "
-            "give the --data_dir of the dataset that it was trained on"
-        )
+        place = f"Its characters are in the dataset {name}, which can't be opened: {error}"
+        raise UserError(f"{path} is a nanoGPT checkpoint. {place}") from None
+    sizes = f"{path} has {state['vocab_size']} ids, but {config.data_dir}/{name} has {tokenizer.vocab_size}"
+    remedy = "give the --data_dir of the dataset that it was trained on"
+    check(tokenizer.vocab_size == state["vocab_size"], f"{sizes}; {remedy}")
     return tokenizer
 
 
@@ -117,18 +114,23 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path
         raise UserError(f"{given}: {error}; {reason}") from None
 
 
+def sampling(tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine) -> tuple[torch.Tensor, dict]:
+    """Return a prompt for each text to draw, (config.num_samples, T), and the options of `stream_tokens`."""
+    idx = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device).repeat(config.num_samples, 1)
+    generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
+    options = {key: getattr(config, key) for key in ("temperature", "top_k", "top_p")}
+    return idx, options | {"generator": generator}
+
+
 def sample(
     model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine, write: Callable[[str], None]
 ) -> None:
     """Draw config.num_samples texts. `write` gets the first token by token, and the others when all are done."""
-    generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
-    ids = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device)
+    idx, options = sampling(tokenizer, prompt, config, machine)
     separator = "\n" if tokenizer.bos_is_newline else "\n---------------\n"
     decode_first, ended, drawn = tokenizer.decoder(), False, []
-    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    options |= {"stop_token": tokenizer.bos, "generator": generator}
     write(prompt)
-    for tokens in stream_tokens(model, ids.repeat(config.num_samples, 1), config.max_new_tokens, **options):
+    for tokens in stream_tokens(model, idx, config.max_new_tokens, stop_token=tokenizer.bos, **options):
         drawn.append(tokens)
         token = int(tokens[0])
         ended = ended or token == tokenizer.bos
@@ -143,18 +145,14 @@ def sample(
 
 def print_trace(model: GPT, tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine) -> None:
     """Print how `sample` draws its first token; with --layer or --head, the attention of a head too."""
-    generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))
-    idx = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device).repeat(config.num_samples, 1)
+    idx, options = sampling(tokenizer, prompt, config, machine)
     steps, layer, head, shape = {}, config.layer or 0, config.head or 0, model.config
     if (config.layer, config.head) != (None, None):
-        if layer >= shape.n_layer or head >= shape.n_head:
-            raise UserError(
-                f"--layer={layer} --head={head}: the model has {shape.n_layer} layers, {shape.n_head} heads"
-            )
+        problem = f"the model has {shape.n_layer} layers, {shape.n_head} heads"
+        check(layer < shape.n_layer and head < shape.n_head, f"--layer={layer} --head={head}: {problem}")
         (heads_of,) = attention_steps(model, idx[:1, -shape.block_size :], only=layer)
         steps = {name: heads[head] for name, heads in heads_of.items()}
-    path = trace(model, idx, generator, config.temperature, config.top_k, config.top_p)
-    print(*trace_lines(path, steps, tokenizer, config.temperature), sep="\n")
+    print(*trace_lines(trace(model, idx, **options), steps, tokenizer, config.temperature), sep="\n")
 
 
 def main(argv: list[str]) -> None:
