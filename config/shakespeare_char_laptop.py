@@ -13,11 +13,9 @@ out_dir = "out/shakespeare_char_laptop"
 
 n_layer = 4
 n_embd = 256
-block_size = 256
 activation = "gelu"
 ngram = 0
 
-batch_size = 8
 max_iters = 1350
 learning_rate = 4e-3
 beta1 = 0.9

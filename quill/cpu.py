@@ -34,9 +34,8 @@ def for_sampling(model: GPT, machine: Machine) -> GPT:
     if machine.device.type != "cpu" or machine.dtype not in SMALLER:
         return speed_up(model.to(machine.device, machine.dtype))
     smaller, fits = SMALLER[machine.dtype]
-    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name in [name for name, child in module.named_children() if isinstance(child, nn.Linear) and fits(child)]:
-            setattr(module, name, smaller(getattr(module, name)))  # the float32 weights are freed one by one
+    for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and fits(module)]:
+        model.set_submodule(name, smaller(model.get_submodule(name)))  # the float32 weights are freed one by one
     return speed_up(model)
 
 

@@ -49,9 +49,8 @@ class RunFolder:
         resume = "resume it with --init_from=resume, " if self.checkpoints() else ""
         own = read_end(self.path / ".run").decode(errors="replace").strip() == identity(config)
         if resume or self.path / "ckpt.pt" in found or not own:
-            raise UserError(
-                f"{found[0]} is another run's: {resume}choose another --out_dir, or replace it with --overwrite=True"
-            )
+            remedy = f"{resume}choose another --out_dir, or replace it with --overwrite=True"
+            raise UserError(f"{found[0]} is another run's: {remedy}")
 
     def clear(self, but: str = "") -> None:
         """Delete all that belongs to a run of quill's, but the file named `but`."""

@@ -105,9 +105,8 @@ class Texts:
         except UnicodeDecodeError as error:
             # error.object ends at byte `at` of the file, but it may begin in an earlier chunk.
             at += error.start - len(error.object)
-            raise UserError(
-                f"{path}: not UTF-8 at byte {at} (line {line_number(path, at)}): {error.reason}; save it as UTF-8"
-            ) from None
+            place = f"byte {at} (line {line_number(path, at)})"
+            raise UserError(f"{path}: not UTF-8 at {place}: {error.reason}; save it as UTF-8") from None
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror}") from None
 
