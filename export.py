@@ -15,7 +15,6 @@ import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from quill import checkpoint, interop
 from quill.cli import note, read_args, run
@@ -28,7 +27,7 @@ from quill.run_folder import RunFolder
 NOT_IN_CARD = {"data_dir", "out_dir", "overwrite", "device", "threads"}  # they belong to the machine of the run
 
 
-def model_card(state: dict[str, Any], name: str, license: str) -> str:
+def model_card(state: checkpoint.Checkpoint, name: str, license: str) -> str:
     """Return the model card of a checkpoint whose class in transformers is `name`."""
     config, defaults, loss = state["config"], asdict(TrainConfig()), state["best_val_loss"]
     changed = [key for key, value in defaults.items() if config.get(key, value) not in (value, "resume")]
@@ -56,7 +55,7 @@ def to_hugging_face(source: Path, config: ExportConfig) -> None:
     model, bos = checkpoint.load_model(state), tokenizer.bos if tokenizer else None
     values, weights = interop.to_transformers(model, bos, source)
     (name,) = values["architectures"]
-    files: dict[str, dict[str, Any] | str | bytes] = {
+    files: dict[str, dict | str | bytes] = {
         "model.safetensors": safetensors.save(weights, {"format": "pt"}),
         "README.md": model_card(state, name, config.license),
         "generation_config.json": {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": bos},

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from quill.data.tokenizers import Tokenizer, from_json
 from quill.errors import UserError, check
 from quill.generation import COLDEST, stream_tokens
 from quill.machine import Machine, memory_limits, pick_machine
-from quill.options import SampleConfig
+from quill.options import Options, SampleConfig
 from quill.trace import attention_steps, trace, trace_lines
 
 ONLY_WITH = {"json": "score", "layer": "trace", "head": "trace"}  # options of one task only
@@ -54,14 +53,14 @@ def read_options(argv: list[str]) -> tuple[SampleConfig, str]:
     if wrong := [f"--{other}" for other in WITHOUT[key] if other in flags]:
         draws = "no text" if key == "score" else "one token, after its own text"
         raise UserError(f"--{key} and {', '.join(wrong)} don't go together: a {key} draws {draws}")
-    defaults: dict[str, Any] = {"temperature": 1.0} if key == "score" else {}  # the losses are then those of training
+    defaults: Options = {"temperature": 1.0} if key == "score" else {}  # the losses are then those of training
     config = SampleConfig(**(defaults | flags))
     if key != "start" and config.temperature < COLDEST:
         raise UserError(f"--temperature={config.temperature}: must be at least {COLDEST} with --{key}")
     return config, key
 
 
-def find_tokenizer(state: dict[str, Any], config: SampleConfig, path: str | Path) -> Tokenizer:
+def find_tokenizer(state: checkpoint.Checkpoint, config: SampleConfig, path: str | Path) -> Tokenizer:
     """Return the tokenizer of the checkpoint `state`, which was loaded from `path`.
 
     nanoGPT stores it with the dataset. For its checkpoints, the dataset of the same name in --data_dir is opened.
@@ -114,7 +113,7 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path
         raise UserError(f"{given}: {error}; {reason}") from None
 
 
-def sampling(tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine) -> tuple[torch.Tensor, dict]:
+def sampling(tokenizer: Tokenizer, prompt: str, config: SampleConfig, machine: Machine) -> tuple[torch.Tensor, Options]:
     """Return a prompt for each text to draw, (config.num_samples, T), and the options of `stream_tokens`."""
     idx = torch.from_numpy(tokenizer.prompt(prompt)).long().to(machine.device).repeat(config.num_samples, 1)
     generator = torch.Generator(machine.device).manual_seed(derive_seed("sample", config.seed))

@@ -4,7 +4,6 @@ import math
 import statistics
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from quill.cli import read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
 from quill.errors import check
 from quill.files import replacing
-from quill.options import BenchConfig, TrainConfig
+from quill.options import BenchConfig, Options, TrainConfig
 from quill.scoring import count_losses
 
 ROW, LEFT, WIDTH = 38, 190, 720  # pixels: a rung's height, where the scale begins, the picture's width
@@ -22,7 +21,7 @@ STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
 TITLE = "validation loss, nats a character; a dot is the mean of the runs, a bar their range"
 
 
-def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
+def compare(paths: list[str], given: Options, config: BenchConfig) -> list[Line]:
     """Train both configs with seeds 1, 2, …; a run that an earlier call left unfinished is resumed.
 
     paths: two config files. given: train.py's options that both runs get.
@@ -46,7 +45,7 @@ def compare(paths: list[str], given: dict[str, Any], config: BenchConfig) -> lis
     return [*lines, {"difference": difference, "margin": margin, "verdict": words}]
 
 
-def check_comparable(paths: list[str], given: dict[str, Any], config: BenchConfig) -> None:
+def check_comparable(paths: list[str], given: Options, config: BenchConfig) -> None:
     """Raise a UserError if the two configs can't be compared: same name, too few seeds, or different datasets."""
     both = " and ".join(paths)
     check(len({Path(path).stem for path in paths}) == 2, f"{both}: give two config files with different names")
@@ -82,7 +81,7 @@ def t_quantile(degrees: int, probability: float = 0.95) -> float:
     return math.sqrt(degrees) * math.tan(angle)
 
 
-def ladder(paths: list[str], given: dict[str, Any], config: BenchConfig) -> list[Line]:
+def ladder(paths: list[str], given: Options, config: BenchConfig) -> list[Line]:
     """Train every rung with seeds 1, 2, …; a run that an earlier call left unfinished is resumed. → a line for each
 
     paths: the rungs to train, all if empty. given: train.py's options that all runs get. The picture replaces
@@ -117,7 +116,7 @@ def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> list[Line]
     return lines
 
 
-def train_rung(path: Path, given: dict[str, Any], config: BenchConfig) -> Line:
+def train_rung(path: Path, given: Options, config: BenchConfig) -> Line:
     """Train one config with `config.seeds` seeds."""
     runs = [train_or_resume(path, seed, given, "ladder", config) for seed in range(1, config.seeds + 1)]
     best = Path(config.out_dir) / "ladder" / f"{path.stem}-1" / "best.pt"

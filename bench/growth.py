@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from bench import measure
 from bench.experiments import picture
@@ -19,7 +18,7 @@ from bench.measure import Line, outline
 from bench.peers import LAPTOP
 from quill.data.token_files import prepare
 from quill.files import replacing
-from quill.options import BenchConfig
+from quill.options import BenchConfig, Options
 
 TOKENS, CONTEXTS = 2048, (64, 128, 256, 512, 1024)  # tokens in a training step, and in a row of it
 SMALL, MEDIUM = {"n_layer": 4, "n_head": 4, "n_embd": 128}, {"n_layer": 6, "n_head": 6, "n_embd": 384}
@@ -48,7 +47,7 @@ def prepare_seconds(size: int, folder: Path, config: BenchConfig) -> float:
     return time.perf_counter() - began
 
 
-def step(options: dict[str, Any]) -> tuple[float, float]:
+def step(options: Options) -> tuple[float, float]:
     """Train with TOKENS tokens in a step. → the FLOPs of a token, the mean seconds of a step"""
     flops = outline(options).flops_per_token()
     steps = max(3, round(5e11 / (flops * TOKENS)))

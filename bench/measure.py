@@ -23,7 +23,7 @@ from quill.cli import read_config_file
 from quill.data.corpora import CORPORA, locate
 from quill.errors import UserError, check
 from quill.machine import pick_machine
-from quill.options import BenchConfig, TrainConfig
+from quill.options import BenchConfig, Options, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
@@ -48,25 +48,25 @@ def program(module: str, **options: Any) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-def as_flags(options: dict[str, Any]) -> list[str]:
+def as_flags(options: Options) -> list[str]:
     """Convert {key: value} to flags `--key=value`."""
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def train(options: dict[str, Any], *config_file: str) -> tuple[float, list[dict[str, str]]]:
+def train(options: Options, *config_file: str) -> tuple[float, list[dict[str, str]]]:
     """Train with `options` in a temporary out_dir. → seconds of the whole process, the rows of metrics.csv"""
     with TemporaryDirectory() as folder:
         seconds, _ = process(["train.py", *config_file, *as_flags(options | {"out_dir": folder})])
         return seconds, read_metrics(folder)
 
 
-def training_speed(options: dict[str, Any]) -> float:
+def training_speed(options: Options) -> float:
     """Train a short run. → tokens per second, without those up to the first evaluation, which warm up"""
     _, rows = train({"gradient_accumulation_steps": 1, "eval_iters": 1} | options)
     return statistics.harmonic_mean(float(row["tokens_per_s"]) for row in rows[1:])
 
 
-def start_seconds(options: dict[str, Any]) -> float:
+def start_seconds(options: Options) -> float:
     """Return the seconds from `python train.py` to its first step's line."""
     with TemporaryDirectory() as folder:
         options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
@@ -92,13 +92,13 @@ def write_text(path: Path, size: float, config: BenchConfig) -> float:
     return path.stat().st_size / 1e6
 
 
-def outline(options: dict[str, Any], vocab_size: int = 65) -> GPT:
+def outline(options: Options, vocab_size: int = 65) -> GPT:
     """Return the model of a training, without memory for its weights, to count its parameters and FLOPs."""
     with torch.device("meta"):
         return GPT(TrainConfig(**options), vocab_size)
 
 
-def train_or_resume(path: Path, seed: int, given: dict[str, Any], folder: str, config: BenchConfig) -> Line:
+def train_or_resume(path: Path, seed: int, given: Options, folder: str, config: BenchConfig) -> Line:
     """Train config `path` with the options `given` in a folder of `--out_dir`/`folder`, or resume the run there.
 
     A run that is finished is not trained again. Raise a UserError if the folder has a run with other options.
@@ -136,8 +136,8 @@ def peer_machine_options(config: BenchConfig) -> dict[str, str]:
     """Return the device and dtype of our runs, for the peer, which has no `auto`. On a CPU it always uses float32."""
     machine = pick_machine(config)
     device = machine.device.type if config.device == "auto" else config.device
-    on_cpu = machine.device.type == "cpu"
-    return {"device": device, "dtype": "float32" if on_cpu else str(machine.dtype).removeprefix("torch.")}
+    dtype = torch.float32 if machine.device.type == "cpu" else machine.dtype
+    return {"device": device, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def on_gpu(config: BenchConfig) -> bool:

@@ -11,14 +11,13 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from timeit import repeat
-from typing import Any
 
 import torch
 
 from bench import measure
 from bench.measure import Line, as_flags, in_turn, machine_options, on_gpu, peer_machine_options, process, report
 from quill.machine import pick_machine
-from quill.options import BenchConfig
+from quill.options import BenchConfig, Options
 
 PEER_CONFIG = "config/train_shakespeare_char.py"  # nanoGPT's config for Tiny Shakespeare
 # The models that are measured: two of nanoGPT's recipes, and GPT-2's smallest.
@@ -46,7 +45,7 @@ def train(config: BenchConfig) -> list[Line]:
     return lines + gpt2(config) if gpu else lines
 
 
-def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
+def peer_training_speed(config: BenchConfig, options: Options) -> float:
     """Return the tokens per second of one run of nanoGPT, from the times that it prints, without its first quarter."""
     with tempfile.TemporaryDirectory() as folder:
         extra = {"out_dir": folder, "compile": on_gpu(config), "eval_iters": 1, "log_interval": 1}
@@ -57,9 +56,7 @@ def peer_training_speed(config: BenchConfig, options: dict[str, Any]) -> float:
     return tokens / (statistics.mean(times[len(times) // 4 :]) / 1000)
 
 
-def gpt2(
-    config: BenchConfig, shape: dict[str, Any] = GPT2, ids: int = GPT2_IDS, batch_size: int = 16, steps: int = 100
-) -> list[Line]:
+def gpt2(config: BenchConfig, shape: Options = GPT2, ids=GPT2_IDS, batch_size=16, steps=100) -> list[Line]:
     """Measure our training at GPT-2's shape on any tokens: tokens per second, and their share of the peak (MFU)."""
     options = shape | {"batch_size": batch_size, "max_iters": steps, "eval_interval": steps // 2, "dataset": "ids"}
     options |= {"log_interval": steps // 4} | machine_options(config)

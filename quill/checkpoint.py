@@ -163,7 +163,8 @@ def resolve_start(
 
     # 2. scratch: the options alone.
     if init_from == "scratch":
-        config, state = TrainConfig(**(given | {"init_from": "scratch"})), None
+        given["init_from"] = "scratch"
+        config, state = TrainConfig(**given), None
 
     # 3. fine-tune: the checkpoint's architecture and weights. All else, the optimizer too, starts anew.
     else:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from model import GPT
 from quill.data.batches import derive_seed
@@ -91,7 +90,7 @@ def probabilities(logits: torch.Tensor, temperature: float, top_k: int | None, t
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Switch dropout off, and restore the model's mode at the end, also after an exception."""
     was_training = model.training
     model.eval()

@@ -19,7 +19,6 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -194,10 +193,9 @@ def to_json(rows: Iterable[Row], text: str) -> str:
     objects = [asdict(row) for row in rows]
     for row in objects:
         row["likeliest"] = [{"token": name, "probability": p} for name, p in row["likeliest"]]
-    values: dict[str, Any] = totals([row["loss"] for row in objects], text)
-    if math.isinf(values["perplexity"]):
-        values["perplexity"] = None
-    return json.dumps(values | {"rows": objects}, ensure_ascii=False, allow_nan=False)
+    values = totals([row["loss"] for row in objects], text)
+    finite = values["perplexity"] if math.isfinite(values["perplexity"]) else None
+    return json.dumps(values | {"perplexity": finite, "rows": objects}, ensure_ascii=False, allow_nan=False)
 
 
 def count_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:

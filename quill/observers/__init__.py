@@ -4,10 +4,7 @@ The training loop calls `Observers`, which measures the speed and calls each obs
 TensorBoard with --tensorboard=True, and the files of the page with --page=True. Ranks other than 0 have no observers.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 from quill.data.batches import Batches
 from quill.generation import draw_samples
@@ -41,7 +38,7 @@ class Observers:
             rows = config.eval_iters * config.batch_size or None
             self.bytes_per_token = val_batches.bytes_per_token(state.tokenizer.token_bytes(), rows)
 
-    def __enter__(self) -> Observers:
+    def __enter__(self) -> "Observers":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -53,7 +50,7 @@ class Observers:
         if self.console:
             self.console.say(text)
 
-    def tell(self, event: str, *args: Any) -> None:
+    def tell(self, event: str, *args: object) -> None:
         """Call the method `event` of every observer."""
         for observer in self.observers:
             getattr(observer, event)(*args)

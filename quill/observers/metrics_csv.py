@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from quill.errors import UserError
 from quill.files import open_without_links, replacing
@@ -35,7 +34,7 @@ class MetricsFile(Observer):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Append a row."""
-        values: dict[str, Any] = vars(evaluation) | {"perplexity": perplexity(evaluation.val_loss)}
+        values = vars(evaluation) | {"perplexity": perplexity(evaluation.val_loss)}
         values |= {"tokens_per_s": round(evaluation.tokens_per_s, 1), "seconds": round(evaluation.seconds, 3)}
         try:
             descriptor = open_without_links(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
