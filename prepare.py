@@ -30,10 +30,7 @@ LONGEST_WINDOW = 16  # tokens that --show prints
 
 
 def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
-    """Read a command line into options, and the known corpus that it names or None.
-
-    Raise a UserError if an option is wrong, missing, or differs from what a known corpus fixes.
-    """
+    """Read a command line into options, and the known corpus that it names or None. Raise a UserError for a mistake."""
     names, flags = read_args(argv, PrepareConfig, __doc__)
     config = PrepareConfig(**flags)
     check(len(names) <= 1, f"give one corpus, not {len(names)}: {' '.join(names)}")

@@ -8,14 +8,12 @@ The model uses RoPE and QK-norm; Muon updates the matrices of the blocks. With 1
 Measured: 317 s (2 CPU cores, bf16, n = 3), validation loss 1.453 (n = 3).
 """
 
-base = "shakespeare_char_fast.py"
+base = "shakespeare_char_fast.py"  # its options hold, but for these
 out_dir = "out/shakespeare_char_laptop"
-
 n_layer = 4
 n_embd = 256
 activation = "gelu"
 ngram = 0
-
 max_iters = 1350
 learning_rate = 4e-3
 beta1 = 0.9
@@ -23,6 +21,5 @@ muon_momentum = 0.95
 weight_decay = 0.1
 warmup_iters = 20
 min_lr = 8e-5
-
 eval_interval = 675
 log_interval = 50

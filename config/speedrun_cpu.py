@@ -11,14 +11,12 @@ Measured: 4.6 s (2 CPU cores, bf16, n = 5), validation loss 1.877 (n = 5).
 
 base = "shakespeare_char_fast.py"  # its options hold, but for these
 out_dir = "out/speedrun_cpu"
-
 n_layer = 1
 n_head = 3
 n_embd = 192
 block_size = 64
 norm = "rmsnorm"
 ngram_rows = 65_536
-
 batch_size = 24
 max_iters = 42
 learning_rate = 3e-2
@@ -26,6 +24,5 @@ beta1 = 0.7
 muon_learning_rate = 0.02
 muon_momentum = 0.85
 warmup_iters = 1
-
 eval_interval = 42
 log_interval = 10

@@ -43,9 +43,6 @@ RESUME_KEYS = {"flags", "optimizers", "scaler", "losses", "seconds", "evals_sinc
 FORMAT_1 = {"data_order": 1, "threads": None}  # what a checkpoint of format 1 means by the keys that it lacks
 
 
-# ---------------------------------------------------------------- the file
-
-
 def save(path: Path | str, state: Checkpoint) -> None:
     """Write `state` to `path`, whole or not at all. Raise a UserError if it can't be written."""
     try:
@@ -137,9 +134,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     groups = [own | {"params": theirs["params"]} for own, theirs in pairs]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-# ---------------------------------------------------------------- a run's start
 
 
 def resolve_start(

@@ -12,10 +12,7 @@ BUSY = 0.5  # cores that other programs use, from which the machine counts as bu
 
 @cache
 def cores_in_use() -> float:
-    """Return how many of the cores that this process may use other programs use. 0 if that is not known.
-
-    It is measured at the first call, while this process sleeps.
-    """
+    """Return how many of this process's cores other programs use, measured at the first call; 0 if it is not known."""
     used = _measure(MOMENT)
     return used if used < BUSY else min(used, _measure(LONGER))
 

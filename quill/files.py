@@ -18,16 +18,13 @@ from quill.errors import UserError
 def replacing(*paths: str | Path, durable: bool = True) -> Iterator[list[BinaryIO]]:
     """Write new versions of `paths`, and put them in place together when the `with` block ends.
 
-    The block gets one binary file per path. These are new temporary files in the folder of the first path, which is
-    made if it does not exist. When the block ends, they are synced to the disk and renamed to `paths`. If it raises,
-    they are deleted and `paths` stay unchanged. A process that is killed does not delete them: see `folder_lock`.
+    The block gets a new temporary file for each path, in the folder of the first one, which is made if it does not
+    exist. If the block raises, they are deleted and `paths` stay unchanged. A process that is killed does not delete
+    them: see `folder_lock`. With several paths, the last one is the commit marker: it is deleted before the first
+    rename and renamed last, so that a reader that asks for it never mixes old and new files.
 
-    With several paths, the last one is the commit marker: it is deleted before the first rename and renamed last. If
-    the renames are interrupted, the marker is missing, so a reader that asks for it never mixes old and new files.
-
-    durable: sync the files to the disk. Without it they are written faster, and a power cut may damage them.
-
-    Raise a UserError if the operating system refuses a write, for example because the disk is full.
+    durable: sync the files to the disk. Without it they are written faster, and a power cut may damage them. Raise a
+    UserError if the operating system refuses a write, for example because the disk is full.
     """
     targets = [Path(path) for path in paths]
     token = secrets.token_hex(4)  # several processes may write the same files at the same time

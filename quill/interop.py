@@ -145,14 +145,10 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     return content
 
 
-# ---------------------------------------------------------------- from nanoGPT
-
-
 def from_nanogpt(state: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    """Convert the content of nanoGPT's ckpt.pt. → what `checkpoint.load` returns, without its format number
+    """Convert nanoGPT's ckpt.pt, whose parameters have the same names. Raise a UserError if it lacks a part.
 
-    Parameters have the same names and shapes. torch.compile's prefix and the masks are dropped. Raise a UserError if
-    the file lacks a part.
+    → what `checkpoint.load` returns, without its format number
     """
     try:
         args, weights = state["model_args"], {}
@@ -165,9 +161,6 @@ def from_nanogpt(state: dict[str, Any], path: Path | str) -> dict[str, Any]:
         return values | {"step": state.get("iter_num", 0), "best_val_loss": float(state.get("best_val_loss", "inf"))}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: looks like a nanoGPT checkpoint, but can't be read: {error}") from None
-
-
-# ---------------------------------------------------------------- from Hugging Face
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

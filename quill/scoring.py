@@ -199,10 +199,7 @@ def to_json(rows: Iterable[Row], text: str) -> str:
 
 
 def count_losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """Return the mean losses on `val` of a die, of counted tokens and of counted pairs; each count starts at 1.
-
-    train, val: ids, (tokens,). The losses are in nats per token.
-    """
+    """Return the mean losses (nats) on ids `val` of a die, of tokens and of pairs; counts in `train` start at 1."""
     V, train, val = vocab_size, train.astype(int), val.astype(int)
     singles = np.bincount(train, minlength=V) + 1
     pairs = np.bincount(train[:-1] * V + train[1:], minlength=V * V).reshape(V, V) + 1

@@ -86,10 +86,7 @@ class Texts:
         yield [rest]
 
     def decoded(self, path: Path) -> Iterator[str]:
-        """Read a file and yield its text in pieces, none of them empty.
-
-        Raise a UserError if the file can't be read, or, with the byte and the line, if it is not UTF-8.
-        """
+        """Read a file and yield its text in pieces, none of them empty. Raise a UserError if it is not UTF-8."""
         newlines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         at, chunk = 0, b"-"
         try:
