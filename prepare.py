@@ -42,23 +42,19 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
         if not config.show:
             check_own_text(config)
         return config, None
-    corpus = known_corpus(names[0])
+    name = names[0]
+    if name not in CORPORA:
+        hint = f"the known ones are {', '.join(CORPORA)}"
+        if Path(name).is_file():
+            hint = f"to prepare that file, `python prepare.py --input={name} --dataset=<a name for it>`"
+        raise UserError(f"{name} is not a known corpus; {hint}{did_you_mean(name, CORPORA)}")
+    corpus = CORPORA[name]
     fixed = {"dataset": corpus.name, "tokenizer": PrepareConfig.tokenizer, "documents": corpus.documents, "bins": ""}
     remedy = "leave it out, or prepare the text as your own with --input=FILE --dataset=<a new name>"
     for key, value in fixed.items():
         given = flags.get(key, value)
         check(given == value, f"--{key}={given}: {corpus.name} has {key}={value}; {remedy}")
     return config, corpus
-
-
-def known_corpus(name: str) -> Corpus:
-    """Return the known corpus called `name`. Raise a UserError with a suggestion if there is none."""
-    if name in CORPORA:
-        return CORPORA[name]
-    hint = f"the known ones are {', '.join(CORPORA)}"
-    if Path(name).is_file():
-        hint = f"to prepare that file, `python prepare.py --input={name} --dataset=<a name for it>`"
-    raise UserError(f"{name} is not a known corpus; {hint}{did_you_mean(name, CORPORA)}")
 
 
 def check_own_text(config: PrepareConfig) -> None:
