@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import json
 import math
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 
 from quill import checkpoint, interop
@@ -29,7 +28,7 @@ NOT_IN_CARD = {"data_dir", "out_dir", "overwrite", "device", "threads"}  # they 
 
 def model_card(state: checkpoint.Checkpoint, name: str, license: str) -> str:
     """Return the model card of a checkpoint whose class in transformers is `name`."""
-    config, defaults, loss = state["config"], asdict(TrainConfig()), state["best_val_loss"]
+    config, defaults, loss = state["config"], vars(TrainConfig()), state["best_val_loss"]
     changed = [key for key, value in defaults.items() if config.get(key, value) not in (value, "resume")]
     flags = [f"--{key}={config[key]}" for key in changed if key not in NOT_IN_CARD]
     return f"""---

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,10 +108,9 @@ def train_or_resume(path: Path, seed: int, given: Options, folder: str, config: 
     options |= machine_options(config)
     held = Path(out_dir) / "last.pt"
     if held.is_file():
-        state = checkpoint.load(held)
-        wanted = asdict(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
+        wanted = vars(TrainConfig(**(read_config_file(path, TrainConfig) | options)))
         may_differ = ("init_from", "device", "data_dir", "out_dir")
-        old = vars(TrainConfig()) | state["config"]  # an older quill has saved fewer options
+        old = vars(TrainConfig()) | checkpoint.load(held)["config"]  # an older quill has saved fewer options
         if other := [key for key in wanted if key not in may_differ and old[key] != wanted[key]]:
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
     process(["train.py", path, *as_flags(options)])
@@ -158,12 +156,8 @@ def hardware(config: BenchConfig) -> str:
 
 def in_turn(config: BenchConfig, ours: Callable[[], Any], peer: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
     """Measure `ours()` and, with `--peer`, `peer()` alternately, `--pairs` times each. → our figures, the peer's"""
-    figures: tuple[list[Any], list[Any]] = ([], [])
-    for _ in range(config.pairs):
-        figures[0].append(ours())
-        if config.peer:
-            figures[1].append(peer())
-    return figures
+    pairs = [(ours(), peer() if config.peer else None) for _ in range(config.pairs)]
+    return [a for a, _ in pairs], [b for _, b in pairs if config.peer]
 
 
 def report(what: str, unit: str, ours: list[float], peer: Sequence[float] = ()) -> Line:

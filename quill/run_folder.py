@@ -7,7 +7,6 @@ that was killed before its first checkpoint start again.
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from quill.errors import UserError
@@ -68,7 +67,7 @@ class RunFolder:
 
 def identity(config: TrainConfig) -> str:
     """Return a digest of the options that make a run what it is."""
-    options = {key: value for key, value in asdict(config).items() if key not in VOLATILE}
+    options = {key: value for key, value in vars(config).items() if key not in VOLATILE}
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,7 +7,6 @@ raises a UserError that names the file, the key, what was expected and what was 
 import math
 import re
 import sys
-import types
 import typing
 from contextlib import contextmanager
 from dataclasses import fields
@@ -172,7 +171,7 @@ def _is_finite(value):
 
 
 def _is_options(value):
-    plain = (bool, int, float, str, types.NoneType)
+    plain = (bool, int, float, str, type(None))
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, plain) for k, v in value.items())
 
 
@@ -195,7 +194,7 @@ def _name(kind):
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, choices))}"
     if choices:
-        return " or ".join(_name(choice) for choice in choices if choice is not types.NoneType)
+        return " or ".join(_name(choice) for choice in choices if choice is not type(None))
     return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
 
 

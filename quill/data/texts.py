@@ -86,7 +86,7 @@ class Texts:
         yield [rest]
 
     def decoded(self, path: Path) -> Iterator[str]:
-        """Read a file and yield its text in pieces, none of them empty. Raise a UserError if it is not UTF-8."""
+        """Yield a file's text in pieces, none of them empty. Raise a UserError if it can't be read as UTF-8."""
         newlines = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         at, chunk = 0, b"-"
         try:

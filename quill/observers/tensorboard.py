@@ -11,7 +11,6 @@ Shapes: T tokens in a sequence.
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ class TensorBoard(Observer):
         # TensorBoard writes in a thread, which keeps its error for the next call and prints a traceback as well.
         self.hook_before, threading.excepthook = threading.excepthook, self._report_thread
         self.folder = Path(self.config.out_dir) / "tensorboard"
-        options = {name: value for name, value in asdict(self.config).items() if value is not None}
+        options = {name: value for name, value in vars(self.config).items() if value is not None}
         options = {name: str(value) if isinstance(value, bool) else value for name, value in options.items()}
         # Without the experiment's summary, TensorBoard shows the columns of all runs, not of one run.
         _, start, self.end = hparams(options, {})
