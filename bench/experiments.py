@@ -59,8 +59,7 @@ def verdict(a: str, b: str, difference: float, margin: float) -> str:
     """Say which of the configs named `a` and `b` has the lower loss. `difference` ± `margin` is b's loss minus a's."""
     if abs(difference) <= margin:
         return f"{a} and {b} can't be told apart: {b} - {a} = {difference:+.4f} ± {margin:.4f}"
-    better = b if difference < 0 else a
-    return f"{better} is better by {abs(difference):.4f} ± {margin:.4f}"
+    return f"{b if difference < 0 else a} is better by {abs(difference):.4f} ± {margin:.4f}"
 
 
 def paired_difference(a: list[float], b: list[float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import measure
 from bench.experiments import picture
-from bench.measure import Line, outline
+from bench.measure import Line, outline, start_seconds
 from bench.peers import LAPTOP
 from quill.data.token_files import prepare
 from quill.files import replacing
@@ -30,8 +30,7 @@ def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, I
     texts = sorted({1, 10, 100, 1000, 1000 * config.gigabytes})
     data = {"data_dir": str(folder), "dataset": "1"} | measure.machine_options(config)
     yield "prepare a text", "MB", ((n, n, prepare_seconds(n, folder, config)) for n in texts)
-    starts = ((n, 1, measure.start_seconds(LAPTOP | data | {"dataset": n})) for n in texts)
-    yield "start a training", "MB of text", starts
+    yield "start a training", "MB of text", ((n, 1, start_seconds(LAPTOP | data | {"dataset": n})) for n in texts)
     models = (dict(zip(SMALL, numbers, strict=True)) | {"block_size": 256} for numbers in TO_126M)
     yield "training step", "parameters", ((outline(model).num_params(), *step(model | data)) for model in models)
     yield "training step", "tokens of context", ((T, *step(SMALL | data | {"block_size": T})) for T in CONTEXTS)

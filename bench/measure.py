@@ -83,12 +83,11 @@ def seconds_to_line(start: str, argv: list[str]) -> float:
     return seconds
 
 
-def write_text(path: Path, size: float, config: BenchConfig) -> float:
-    """Write Tiny Shakespeare again and again, until the file has `size` MB or more. → how many it has"""
+def write_text(path: Path, size: float, config: BenchConfig) -> None:
+    """Write Tiny Shakespeare again and again, until the file has `size` MB or more."""
     corpus = locate(CORPORA["shakespeare_char"], data_dir=config.data_dir).read_bytes()
     with open(path, "wb") as file:
         file.writelines([corpus] * math.ceil(size * 1e6 / len(corpus)))
-    return path.stat().st_size / 1e6
 
 
 def outline(options: Options, vocab_size: int = 65) -> GPT:
@@ -121,8 +120,7 @@ def train_or_resume(path: Path, seed: int, given: Options, folder: str, config: 
 
 def read_metrics(folder: str | Path) -> list[dict[str, str]]:
     """Return the rows of a run's metrics.csv."""
-    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((Path(folder) / "metrics.csv").read_text(encoding="utf-8").splitlines()))
 
 
 def machine_options(config: BenchConfig) -> dict[str, str]:

@@ -81,7 +81,6 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     The operating system releases the lock when the process ends, also after a crash, which leaves the empty file .lock.
     If this made the folder, and the block raises without having written anything, the folder is removed.
     On Windows, and on file systems without locks, nothing is locked.
-
     wait: wait for another process to release the lock, instead of raising. Raise a UserError if the folder can't be
     written to, or if another running process has locked it.
     """

@@ -55,8 +55,7 @@ def encode(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
     """Encode `text` for `score`. → the ids, uint32, and the text that is scored
 
     The first id is context only. The final BOS of documents is not among the ids, because `Batches` adds it. A newline
-    that BOS replaces is a character of the text; with a token per character, bits per character are then the mean
-    loss / ln 2. Raise a UserError if the vocabulary lacks a character.
+    that BOS replaces is a character of the text. Raise a UserError if the vocabulary lacks a character.
     """
     if tokenizer.is_documents:
         documents = split_documents(text, tokenizer)

@@ -406,9 +406,9 @@ def test_a_step_of_growth_by_hand(monkeypatch):
 
 @needs_corpora
 def test_a_text_of_copies(tmp_path):
-    size = measure.write_text(tmp_path / "text", 2, BenchConfig())
+    measure.write_text(tmp_path / "text", 2, BenchConfig())
     text = (tmp_path / "text").read_bytes()
-    assert size == len(text) / 1e6 >= 2 and text == text[: len(text) // 2] * 2
+    assert len(text) >= 2e6 and text == text[: len(text) // 2] * 2
 
 
 @pytest.mark.slow

@@ -41,5 +41,4 @@ class MetricsFile(Observer):
             with open(descriptor, "a", encoding="utf-8", newline="") as file:
                 file.write(",".join(str(values[name]) for name in self.columns) + "\n")
         except OSError as error:
-            kept = what_is_kept(self.path.parent)
-            raise UserError(f"can't write {self.path}: {error.strerror}; {kept}") from None
+            raise UserError(f"can't write {self.path}: {error.strerror}; {what_is_kept(self.path.parent)}") from None
