@@ -104,8 +104,7 @@ def encode_text(tokenizer: Tokenizer, config: SampleConfig, key: str, path: Path
     value, is_score = getattr(config, key), key == "score"
     text, shown = read_text(key, value), value if value.isprintable() else repr(value)[1:-1]
     given = f"--{key}={shown if len(shown) <= 80 or value.startswith('FILE:') else shown[:79] + '…'}"
-    if is_score and not scoring.split_documents(text, tokenizer):
-        raise UserError(f"{given}: there is no text to score")
+    check(not is_score or scoring.split_documents(text, tokenizer), f"{given}: there is no text to score")
     try:
         return scoring.encode(text, tokenizer) if is_score else (tokenizer.encode(text), text)
     except UserError as error:

@@ -16,7 +16,7 @@ from model import GPT
 from quill.data import bpe
 from quill.data.token_files import read_tokenizer
 from quill.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from quill.errors import UserError
+from quill.errors import UserError, check
 
 NANOGPT_KEYS = {"model_args", "model"}  # every nanoGPT checkpoint has them; quill's have no model_args
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old versions of nanoGPT and transformers stored
@@ -36,8 +36,7 @@ def find_class(config: Any, path: Path) -> str:
     """Return the class of transformers that computes a GPT with `config`. Raise a UserError if there is none."""
     rope = config.position == "rope"
     refused = [*REFUSED.items(), *(REFUSED_WITH_ROPE if rope else REFUSED_WITHOUT).items()]
-    if config.ngram:
-        raise UserError(f"{path}: no counterpart of ngram={config.ngram} in transformers (see docs/interop.md)")
+    check(not config.ngram, f"{path}: no counterpart of ngram={config.ngram} in transformers (see docs/interop.md)")
     if options := [f"{key}={value}" for key, value in refused if getattr(config, key) == value]:
         near = "" if config.position == "none" else f" with position={config.position}"
         raise UserError(f"{path}: no counterpart of {', '.join(options)}{near} in transformers (see docs/interop.md)")

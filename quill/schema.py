@@ -156,8 +156,7 @@ def _check_weights(key, weights, expected, tied):
 
 def _require(state, key, is_right, what):
     value = state[key]
-    if not is_right(value):
-        raise UserError(f"{key} must be {what}, not {_short(value)}")
+    check(is_right(value), f"{key} must be {what}, not {_short(value)}")
     return value
 
 

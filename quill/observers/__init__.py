@@ -4,7 +4,7 @@ The training loop calls `Observers`, which measures the speed and calls each obs
 TensorBoard with --tensorboard=True, and the files of the page with --page=True. Ranks other than 0 have no observers.
 """
 
-import math
+from statistics import fmean
 
 from quill.data.batches import Batches
 from quill.generation import draw_samples
@@ -73,9 +73,8 @@ class Observers:
     def log(self, losses: list[float], norms: list[float]) -> None:
         """Report the losses and gradient norms of the steps since the last log entry."""
         step = self.state.progress.step
-        loss, norm = math.fsum(losses) / len(losses), math.fsum(norms) / len(norms)
         lr = learning_rate(step - 1, self.config)
-        self.tell("logged", LogEntry(step, loss, norm, lr, self.tokens_per_s, losses, norms))
+        self.tell("logged", LogEntry(step, fmean(losses), fmean(norms), lr, self.tokens_per_s, losses, norms))
 
     def evaluated(self, val_loss: float) -> None:
         """Report an evaluation, with the samples that observers show. Only rank 0 calls this."""
@@ -83,7 +82,7 @@ class Observers:
         evaluation = Evaluation(
             step=progress.step,
             lr=learning_rate(progress.step - 1, self.config),
-            train_loss=math.fsum(progress.losses) / len(progress.losses),
+            train_loss=fmean(progress.losses),
             val_loss=val_loss,
             tokens_per_s=self.tokens_per_s,
             seconds=progress.seconds,
