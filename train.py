@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import math
 import signal
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,10 +26,18 @@ from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import DATA_ORDER, Batches, derive_seed
 from quill.data.splits import Splits, note_capped_evaluation, open_splits
 from quill.describe import describe
-from quill.distributed import ProcessGroup, parallelize
+from quill.distributed import ProcessGroup
 from quill.errors import UserError, check
 from quill.files import folder_lock
-from quill.machine import Machine, StopSignals, compile_model, keep_freed_memory, memory_limits, pick_machine
+from quill.machine import (
+    Machine,
+    StopSignals,
+    checkpoint_activations,
+    compile_model,
+    keep_freed_memory,
+    memory_limits,
+    pick_machine,
+)
 from quill.observers import Observers
 from quill.optimizer import learning_rate
 from quill.options import Options, TrainConfig
@@ -45,14 +53,13 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
 
     The loss and the gradient norm stay on the device: see `TrainState.read_losses`.
     """
-    step, model, scaler, group = state.progress.step, state.train_model, state.scaler, machine.group
+    step, model, scaler = state.progress.step, state.train_model, state.scaler
+    parallel, group = state.parallel, machine.group
     machine.seed(derive_seed("dropout", config.seed, step, group.rank))
     total, micro_batches = batches.global_batch(step)
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
-        # DDP averages the gradients over the ranks: do it once, after the last micro-batch.
-        no_average = model.no_sync() if group.world_size > 1 and i + 1 < len(micro_batches) else nullcontext()
-        with no_average:
+        with parallel.accumulating(model, is_last=i + 1 == len(micro_batches)):
             with machine.autocast():
                 mean = model(x, y)[1]
             share = predicted / total  # so that the sum is the mean over the global batch
@@ -62,7 +69,7 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
         scaler.unscale_(optimizer)
         for param_group in optimizer.param_groups:
             param_group["lr"] = peak * (learning_rate(step, config) / config.learning_rate)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(state.parameters, config.grad_clip, norm)
     for optimizer, _ in state.optimizers:
@@ -88,7 +95,8 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
     for x, y, predicted in batches.validation(config.eval_iters * config.batch_size or None):
         with machine.autocast():
             loss = model(x, y)[1]
-        total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
+        if predicted:  # else the batch is there because other ranks have one more
+            total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
     model.train()
     total = machine.group.sum(total)
     loss = (total[0] / total[1]).item()
@@ -98,11 +106,13 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
 
 
 def save(state: TrainState, better: bool) -> None:
-    """Write last.pt, and best.pt if the last evaluation was the best.
+    """Write last.pt, and best.pt if the last evaluation was the best. Every rank calls this, and rank 0 writes.
 
     best.pt is written first. If the machine stops between the writes, a resume repeats the evaluation from last.pt.
     """
     saved = state.state_dict()
+    if state.machine.group.rank > 0:
+        return
     for name in ("best.pt", "last.pt") if better else ("last.pt",):
         checkpoint.save(Path(state.config.out_dir) / name, saved)
 
@@ -118,7 +128,7 @@ def train(
             if state.pending:
                 observers.log(*state.read_losses())
             if not evaluating:  # else the step has been saved
-                group.on_rank_0(save, state, False)
+                group.on_all_ranks(save, state, False)
             name = signal.Signals(stopped_by).name
             observers.say(f"stopped by {name} at step {progress.step}; continue with --init_from=resume")
             return 128 + stopped_by
@@ -136,9 +146,9 @@ def train(
             better = state.record(val_loss)
         progress.seconds += time.perf_counter() - began
         if evaluating:
-            group.on_rank_0(observers.evaluated, val_loss)
+            observers.evaluated(val_loss)
             progress.losses = []
-            group.on_rank_0(save, state, better)
+            group.on_all_ranks(save, state, better)
         if evaluating and state.out_of_patience:
             observers.say(f"stopped early: {config.patience} evaluations without a better one")
             break
@@ -157,8 +167,10 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     # The first batch before the folder: if memory is too small for it, no other run is replaced.
     _, [(x, y, _), *_] = data.train_batches.global_batch(state.progress.step)
     machine.group.on_rank_0(folder.take, config)
+    if config.activation_checkpointing:
+        checkpoint_activations(state.model)
     compiled = compile_model(state.model, x, y, config.compile, machine)
-    state.train_model = parallelize(compiled, machine.group)
+    state.train_model = state.parallel.wrap(compiled)
     keep_freed_memory()
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""

@@ -30,8 +30,9 @@ from quill.errors import UserError, check
 from quill.files import replacing
 from quill.interop import NANOGPT_KEYS, PRETRAINED, find_pretrained, from_nanogpt, read_folder, without_padding
 from quill.options import ModelConfig, Options, TrainConfig
+from quill.parallel import Parallel
 from quill.run_folder import RunFolder, what_is_kept
-from quill.schema import check_to_resume, check_to_sample
+from quill.schema import SkipInit, check_to_resume, check_to_sample
 
 Checkpoint = dict[str, Any]  # the content of a file: the keys above
 
@@ -119,7 +120,8 @@ def _require(state, keys, path):
 def load_model(state: Checkpoint) -> GPT:
     """Return the model of a loaded checkpoint, on the CPU, with its averaged weights if it has them."""
     config = {f.name: state["config"][f.name] for f in fields(ModelConfig) if f.name in state["config"]}
-    model = GPT(ModelConfig(**config), state["vocab_size"])
+    with SkipInit():
+        model = GPT(ModelConfig(**config), state["vocab_size"])
     model.load_state_dict(weights_to_sample(state))
     return model
 
@@ -129,11 +131,19 @@ def weights_to_sample(state: Checkpoint) -> dict[str, torch.Tensor]:
     return state["model"] if state["ema"] is None else state["ema"]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], parallel: Parallel) -> None:
     """Restore the saved moments, but keep the settings that `optimizer` has, because a resume may change them."""
     pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     groups = [own | {"params": theirs["params"]} for own, theirs in pairs]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        i: {
+            key: parallel.shard_like(t, parameters[i]) if t.shape == parameters[i].shape else t
+            for key, t in own.items()
+        }
+        for i, own in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def resolve_start(

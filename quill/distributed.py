@@ -1,4 +1,4 @@
-"""The processes of a run: their ranks, what they agree on, how they train one model together, and how they end.
+"""The processes of a run: their ranks, what they agree on, and how they end.
 
 One process is the default. torchrun starts several, one for each GPU, and tells each its rank in the environment. After
 a failure, or when a node joins, it kills them all and starts new ones: a restart.
@@ -23,8 +23,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from quill.cli import explain, note, script_name
 from quill.errors import UserError
@@ -189,11 +187,6 @@ class ProcessGroup:
     def on_rank_0(self, work: Callable[..., Any], *args: Any) -> None:
         """Call `work(*args)` on rank 0 while the others wait. If it fails, every rank raises its error."""
         self.on_all_ranks(work if self.rank == 0 else lambda *args: None, *args)
-
-
-def parallelize(model: nn.Module, group: ProcessGroup) -> nn.Module:
-    """Wrap `model` so that its gradients are averaged over the ranks. A process that is alone gets it unchanged."""
-    return DistributedDataParallel(model) if group.world_size > 1 else model
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:

@@ -9,10 +9,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from quill.cli import note
 from quill.cores import free_cores
@@ -202,6 +204,17 @@ def _best_dtype(device, config):
 def _has_fbgemm():
     """Return whether torch has products on a CPU of weights in float16 with the rest in float32."""
     return torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(torch.ops.quantized, "linear_dynamic_fp16")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let each block of a GPT keep only its input for the backward pass, which computes it again (Chen et al. 2016)."""
+
+    def forward(compute, *args):
+        # Without gradients, nothing is kept anyway.
+        return checkpoint(compute, *args, use_reentrant=False) if torch.is_grad_enabled() else compute(*args)
+
+    for block in model.transformer.h:
+        block.forward = partial(forward, block.forward)
 
 
 def compile_model(model: nn.Module, x: torch.Tensor, y: torch.Tensor, option: bool | str, machine: Machine) -> Any:

@@ -2,12 +2,15 @@
 
 import math
 from collections import defaultdict
+from functools import partial
 from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import nn
 
 from quill.options import TrainConfig
+from quill.parallel import Parallel
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -26,8 +29,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[tuple[torch.optim.Optimizer, float]]:
-    """→ [(optimizer, its peak learning rate)]. Every parameter is in exactly one group; only matrices decay."""
+def make_optimizers(
+    model: nn.Module, config: TrainConfig, parallel: Parallel
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """→ [(optimizer, its peak learning rate)]. Every parameter is in exactly one group; only matrices decay.
+
+    parallel: the ranks among which Muon's work is shared out.
+    """
     muon, decay, no_decay = [], [], []
     for name, parameter in model.named_parameters():
         block_matrix = parameter.dim() == 2 and name.startswith("transformer.h.")
@@ -41,7 +49,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[tuple[torch.o
     if muon:
         # 4 steps train as well as torch's 5 (docs/records/), 3 and 2 do not.
         settings = {"momentum": config.muon_momentum, "weight_decay": config.weight_decay, "ns_steps": 4}
-        optimizers.append((BatchedMuon(muon, config.muon_learning_rate, **settings), config.muon_learning_rate))
+        optimizers.append(
+            (BatchedMuon(muon, config.muon_learning_rate, parallel, **settings), config.muon_learning_rate)
+        )
     covered = [id(p) for optimizer, _ in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter must be in exactly one group"
     return optimizers
@@ -66,42 +76,50 @@ class BatchedMuon(Optimizer, torch.optim.Muon):
 
     For a small GPT, updating the matrices one at a time takes longer than computing their gradients. torch's Muon
     computes in bfloat16. On hardware without bfloat16, the emulation takes longer than the rest of a step.
+
+    Each rank orthogonalizes its share of the matrices of a shape, and gets the others from the other ranks.
     """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, parallel: Parallel, **settings: Any):
+        super().__init__(parameters, lr, **settings)
+        self.parallel = parallel
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        local = self.parallel.local
         for group in self.param_groups:
-            by_shape = defaultdict(list)  # a tall matrix counts as its transpose
+            by_shape = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[tuple(sorted(parameter.shape))].append(parameter)
-            for parameters in by_shape.values():
+                    by_shape[parameter.shape].append(parameter)
+            settings = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
+            for (rows, columns), parameters in by_shape.items():
                 for parameter in parameters:
                     if not self.state[parameter]:
                         self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                gradients = [parameter.grad for parameter in parameters]
-                buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                gradients = [local(parameter.grad) for parameter in parameters]
+                buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                updates = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's momentum
-                wide = torch.stack([u.T if u.size(0) > u.size(1) else u for u in updates])
-                wide = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for parameter, update in zip(parameters, wide, strict=True):
-                    rows, columns = parameter.shape
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = update.T if rows > columns else update
-                    parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+                updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov's momentum
+                updates = self.parallel.share_out(partial(orthogonalize, **settings), updates, parameters[0])
+                weights = [local(parameter) for parameter in parameters]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                scale = -group["lr"] * math.sqrt(max(1, rows / columns))
+                torch._foreach_add_(weights, updates.unbind(), alpha=scale)
 
 
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Move the singular values of `matrices` (N, rows, columns), rows ≤ columns, towards 1. → the same shape
+    """Move the singular values of `matrices` (N, rows, columns) towards 1. → the same shape
 
     Newton-Schulz iteration with a polynomial of degree 5, x ← (a + b x xᵀ + c (x xᵀ)²) x. Each factor depends only on
     the Gram matrix x xᵀ (rows, rows): multiply the factors first, and apply them to x once. That is safe for few steps
     in float32 (or TF32): errors in the Gram matrix grow by a² ≈ 12 a step.
     """
+    if matrices.size(1) > matrices.size(2):
+        return orthogonalize(matrices.mT, coefficients, steps, eps).mT
     a, b, c = coefficients
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     gram = x @ x.mT

@@ -215,13 +215,22 @@ class SystemConfig(Checked, heading="The machine"):
 
 
 @dataclass(frozen=True)
-class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelConfig, heading="Compiling"):
+class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelConfig, heading="Compiling and memory"):
     """The options of train.py."""
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
+    shard: bool = option(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
+    activation_checkpointing: bool = option(
+        False, "keep only each block's input, and compute the block again in the backward pass"
+    )
 
     def _check_group(self) -> None:
         check(self.dtype != "int8", "--dtype=int8 is for sample.py; train with --dtype=auto")
+        for name in ("page", "tensorboard"):
+            if self.shard and getattr(self, name):
+                raise UserError(
+                    f"--shard=True does not work with --{name}=True, which needs all weights on one process"
+                )
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""

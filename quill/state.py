@@ -13,12 +13,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from model import GPT
 from quill import checkpoint, cpu
 from quill.checkpoint import Checkpoint
+from quill.cli import note
 from quill.data.batches import DATA_ORDER, derive_seed
 from quill.data.tokenizers import Tokenizer
-from quill.errors import UserError
+from quill.errors import UserError, check
 from quill.machine import Machine
 from quill.optimizer import make_optimizers
 from quill.options import Options, TrainConfig
+from quill.parallel import Parallel, Replicated
 from quill.run_folder import what_is_kept
 from quill.schema import check_moments
 
@@ -58,7 +60,8 @@ class TrainState:
         # 1. resume: all of the run's state, below. 2. scratch: as initialised. 3. fine-tune: the weights alone, here.
         if saved is not None and config.init_from != "resume":
             self.model.load_state_dict(checkpoint.weights_to_sample(saved))
-        cpu.speed_up(self.model.to(machine.device))
+        if machine.device.type == "cpu":
+            cpu.speed_up(self.model)
         self.train_model: Any = self.model
         self.ema: Any = None
         if config.ema_decay:
@@ -68,17 +71,20 @@ class TrainState:
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         if saved is not None and config.init_from == "resume":
             self.load_state_dict(saved)
+        self.parallel = pick_parallel(config, machine)
+        for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
+            self.parallel.place(model)
 
     def add_optimizers(self, saved: Checkpoint | None = None) -> None:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
-        self.optimizers = make_optimizers(self.model, self.config)
+        self.optimizers = make_optimizers(self.model, self.config, self.parallel)
         self.parameters = list(self.model.parameters())  # listed once: at every step, it would take time
         if saved is None or self.config.init_from != "resume":
             return
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         check_moments(optimizers, saved["optimizers"], self.progress.step, self.config.out_dir)
         for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, moments)
+            checkpoint.load_optimizer(optimizer, moments, self.parallel)
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -87,16 +93,26 @@ class TrainState:
         """The weights that evaluations and samples use: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    def model_to_sample(self) -> GPT:
+        """Return the model of evaluations; if it is sharded, a whole copy on rank 0. Every rank calls this."""
+        if not self.parallel.is_sharded:
+            return self.eval_model
+        weights = self.parallel.weights(self.eval_model)
+        if self.machine.group.rank > 0:
+            return self.eval_model  # which these ranks do not use
+        saved = {"config": asdict(self.config), "vocab_size": self.model.vocab_size, "model": weights, "ema": None}
+        return cpu.for_sampling(checkpoint.load_model(saved), self.machine)
+
     def state_dict(self) -> Checkpoint:
-        """Return the content of a checkpoint, without its format number."""
+        """Return the content of a checkpoint, without its format number. Every rank calls this, and rank 0 has it."""
         return {
             "config": asdict(self.config),
             "flags": self.flags,
             "vocab_size": self.model.vocab_size,
             "tokenizer": self.tokenizer.to_json(),
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "model": self.parallel.weights(self.model),
+            "ema": None if self.ema is None else self.parallel.weights(self.ema.module),
+            "optimizers": [self.parallel.moments(optimizer) for optimizer, _ in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "data_order": self.data_order,
             "threads": torch.get_num_threads() if self.machine.device.type == "cpu" else None,
@@ -145,3 +161,17 @@ class TrainState:
     def out_of_patience(self) -> bool:
         """Whether config.patience evaluations in a row have brought no new best."""
         return 0 < self.config.patience <= self.progress.evals_since_best
+
+
+def pick_parallel(config: TrainConfig, machine: Machine) -> Parallel:
+    """Return how the machine's ranks train the model."""
+    if machine.group.world_size == 1:
+        if config.shard:
+            note("note: --shard=True does nothing for one process; torchrun starts several")
+        return Parallel(machine)
+    if not config.shard:
+        return Replicated(machine)
+    check(machine.dtype != torch.float16, "--shard=True does not work with float16; use --dtype=float32 or bfloat16")
+    from quill.sharded import Sharded  # here, because torch's DTensor takes half a second to import
+
+    return Sharded(machine)

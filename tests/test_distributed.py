@@ -11,8 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from quill.distributed import AgreedError, ErrorElsewhere, ProcessGroup, meet, parallelize
+from quill.distributed import AgreedError, ErrorElsewhere, ProcessGroup, meet
 from quill.errors import UserError
+from quill.machine import Machine
+from quill.optimizer import BatchedMuon
+from quill.parallel import Parallel, Replicated
 
 
 def fail(words):
@@ -30,7 +33,11 @@ def test_alone(monkeypatch):
         with pytest.raises(UserError, match="no disk"):
             group.on_rank_0(fail, "no disk")
     model = torch.nn.Linear(2, 2)
-    assert parallelize(model, group) is model
+    assert Parallel(on_cpu(group)).wrap(model) is model
+
+
+def on_cpu(group):
+    return Machine(device=torch.device("cpu"), dtype=torch.float32, name="cpu", group=group)
 
 
 def work(rank, port, results):
@@ -50,10 +57,33 @@ def work(rank, port, results):
             seen.append(str(caught.value))
         with pytest.raises(TypeError if rank == 1 else ErrorElsewhere):  # a bug of quill's
             group.on_all_ranks(len if rank == 1 else str, 3)
-        model = parallelize(torch.nn.Linear(1, 1, bias=False), group)
+        parallel = Replicated(on_cpu(group))
+        model = parallel.wrap(torch.nn.Linear(1, 1, bias=False))
         model(torch.tensor([[rank + 1.0]])).sum().backward()  # gradients 1 and 2: their mean is 1.5
         seen += [isinstance(model, DistributedDataParallel), next(model.parameters()).grad.item()]
+        seen += [
+            share_out_tokens(parallel),
+            muon_after_3_steps(parallel) == muon_after_3_steps(Parallel(on_cpu(group))),
+        ]
     results.put(seen)
+
+
+def share_out_tokens(parallel):
+    """Seven matrices among two ranks, and one, of which the second rank has none: which rank has computed each."""
+    work = lambda part: part + parallel.group.rank  # noqa: E731
+    return [parallel.share_out(work, torch.zeros(n, 1, 1), torch.zeros(1, 1)).flatten().tolist() for n in (7, 1)]
+
+
+def muon_after_3_steps(parallel):
+    """Five matrices of one shape, and two of others. → their values"""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 24)] * 5 + [(24, 16), (8, 8)]]
+    muon = BatchedMuon(parameters, 0.02, parallel)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape)
+        muon.step()
+    return [parameter.tolist() for parameter in parameters]
 
 
 def test_two_ranks_agree():
@@ -65,7 +95,8 @@ def test_two_ranks_agree():
     mp.spawn(work, (port, results), nprocs=2)
     seen = sorted(results.get() for _ in range(2))
     errors = ["rank 1: no disk", "no disk", "no disk", "/: Is a directory"]
-    assert seen == [[rank, 3.0, 10, rank, *errors, True, 1.5] for rank in (0, 1)]
+    shares = [[0.0] * 4 + [1.0] * 3, [0.0]]
+    assert seen == [[rank, 3.0, 10, rank, *errors, True, 1.5, shares, True] for rank in (0, 1)]
 
 
 def test_ranks_meet_those_of_their_own_start_only():

@@ -30,6 +30,8 @@ LAYERS = [
         "quill/data/splits.py": "numpy tqdm torch",
         "quill/machine.py": "torch",
         "quill/distributed.py": "torch",
+        "quill/parallel.py": "torch",
+        "quill/sharded.py": "torch",
     },
     {"model.py": "torch", "quill/optimizer.py": "torch", "quill/cpu.py": "torch", "quill/generation.py": "torch"},
     {"quill/interop.py": "torch (safetensors)"},

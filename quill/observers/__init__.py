@@ -77,7 +77,11 @@ class Observers:
         self.tell("logged", LogEntry(step, fmean(losses), fmean(norms), lr, self.tokens_per_s, losses, norms))
 
     def evaluated(self, val_loss: float) -> None:
-        """Report an evaluation, with the samples that observers show. Only rank 0 calls this."""
+        """Report an evaluation, with the samples that observers show. Every rank calls this."""
+        model = self._model_to_sample(self.config.eval_samples)
+        self.machine.group.on_rank_0(self._report, val_loss, model)
+
+    def _report(self, val_loss, model):
         progress = self.state.progress
         evaluation = Evaluation(
             step=progress.step,
@@ -90,15 +94,19 @@ class Observers:
         )
         self.tokens, self.busy = 0, 0.0
         self.tell("evaluated", evaluation)
-        self.tell("sampled", progress.step, self._draw(max(o.samples_wanted for o in self.observers)))
+        self.tell("sampled", progress.step, self._draw(model, max(o.samples_wanted for o in self.observers)))
 
     def finished(self) -> None:
-        """Report the end of the run, with its final samples."""
+        """Report the end of the run, with its final samples. Every rank calls this."""
+        model = self._model_to_sample(self.config.final_samples)
         if self.observers:
             if self.config.final_samples:
                 self.say(f"{self.config.final_samples} samples:")
-            self.tell("finished", self.state.progress.best_val_loss, self._draw(self.config.final_samples))
+            self.tell("finished", self.state.progress.best_val_loss, self._draw(model, self.config.final_samples))
 
-    def _draw(self, count):
+    def _model_to_sample(self, count):
+        return self.state.model_to_sample() if count else self.state.eval_model
+
+    def _draw(self, model, count):
         state, step = self.state, self.state.progress.step
-        return draw_samples(state.eval_model, state.tokenizer, count, self.config, self.machine, step)
+        return draw_samples(model, state.tokenizer, count, self.config, self.machine, step)
