@@ -29,7 +29,9 @@ def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Ba
     tokens, flops = rows * config.block_size, model.flops_per_token()
     if batches is not None:
         epoch = batches.rows_per_epoch / rows
-        in_epoch = batches.rows_per_epoch * config.block_size if batches.bos is None else batches.document_rows[1].sum()
+        in_epoch = batches.rows_per_epoch * config.block_size
+        if batches.bos is not None:
+            in_epoch = batches.row_starts[-1] - batches.row_starts[0]
         tokens, epochs = in_epoch / epoch, f"{config.max_iters / epoch:,.2f} epochs, "
         epoch_lines = [f"an epoch          {epoch:,.1f} steps, {in_epoch:,} tokens"]
     lines = [

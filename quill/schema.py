@@ -65,7 +65,7 @@ def check_to_resume(state: dict[str, Any], path: Path | str) -> None:
         _count(state, "evals_since_best", 0)
         _require(state, "scaler", lambda x: isinstance(x, dict) and all(map(_is_finite, x.values())), "numbers")
         _require(state, "optimizers", lambda x: isinstance(x, list) and all(isinstance(o, dict) for o in x), "states")
-        _require(state, "data_order", lambda value: type(value) is int and value in (1, 2), "1 or 2")
+        _require(state, "data_order", lambda value: type(value) is int and value in (1, 2, 3), "1, 2 or 3")
         if state["threads"] is not None:
             _require(state, "threads", lambda value: type(value) is int and 1 <= value <= 4096, "from 1 to 4096")
 

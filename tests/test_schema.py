@@ -104,7 +104,7 @@ ON_RESUME = [
     (put("optimizers", 0, "state", 0, "exp_avg", value="x"), "exp_avg of a parameter"),
     (put("optimizers", 0, "param_groups", value=[]), "groups are not this run's"),
     (put("optimizers", 0, "param_groups", 0, "params", value=["x"] * 9), "groups"),
-    (put("data_order", value=3), "data_order must be 1 or 2, not 3"),
+    (put("data_order", value=4), "data_order must be 1, 2 or 3, not 4"),
     (put("threads", value=0), "threads must be from 1 to 4096, not 0"),
     (drop("losses"), "not a whole checkpoint: losses missing"),
 ]

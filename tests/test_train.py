@@ -187,6 +187,7 @@ def test_accumulation_is_the_large_batch(flags, tmp_path):
                 out_dir=tmp_path / f"{dataset}{batch_size}",
                 batch_size=batch_size,
                 gradient_accumulation_steps=accumulated,
+                max_iters=20,  # later, AdamW has made rounding of 1e-8 as large as 1e-2 with some seeds
             )
             run(run_flags)
             losses.append([float(row[2]) for row in rows(run_flags)[1:]])
@@ -525,7 +526,7 @@ def test_float16_skips_a_step_that_overflows_and_gives_up_when_all_do(flags, mon
 
 def test_a_capped_evaluation_says_so(flags, capsys):
     run(flags(eval_iters=1, max_iters=1))
-    assert "note: --eval_iters=1 evaluates the first 64 of" in capsys.readouterr().err
+    assert "note: --eval_iters=1 evaluates the first 4 of 25 rows only" in capsys.readouterr().err
     run(flags(eval_iters=1000, max_iters=1, overwrite=True))
     assert capsys.readouterr().err == ""
 

@@ -31,9 +31,11 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
         dataset = group.on_all_ranks(hold_out_tail, dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
     if rows % group.world_size:
+        *most, last = [str(n) for n in range(1, min(rows, 1024) + 1) if rows % n == 0]
         raise UserError(
             f"--batch_size={config.batch_size} × --gradient_accumulation_steps={config.gradient_accumulation_steps} "
-            f"is not divisible by the {group.world_size} processes"
+            f"= {rows:,} is not divisible by the {group.world_size} processes; "
+            f"it is by {', '.join(most)}{' or ' * bool(most)}{last}"
         )
     settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
     settings |= {"device": machine.device, "data_order": data_order, "rank": group.rank, "world_size": group.world_size}
@@ -68,8 +70,7 @@ def hold_out_tail(dataset: Dataset) -> Dataset:
 
 def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
     """Print a note if --eval_iters leaves out a part of the validation split."""
-    _, lengths = batches.validation_rows()
     rows = config.eval_iters * config.batch_size
-    if 0 < rows < len(lengths):
-        covered = f"{lengths[:rows].sum():,} of {lengths.sum():,}"
-        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} tokens only")
+    if 0 < rows < batches.rows_in_all:
+        covered = f"{rows:,} of {batches.rows_in_all:,}"
+        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} rows only")

@@ -23,7 +23,7 @@ class Observers:
     """All observers of a run. A `with` block closes them when it ends, also after an error."""
 
     def __init__(self, state: TrainState, val_batches: Batches, machine: Machine):
-        self.state, self.config, self.machine = state, state.config, machine
+        self.state, self.config, self.machine, self.val_batches = state, state.config, machine, val_batches
         self.tokens, self.busy = 0, 0.0  # tokens and seconds of training since the last evaluation
         self.observers: list[Observer] = []
         self.console = None
@@ -35,8 +35,6 @@ class Observers:
             self.observers = [MetricsFile(config.out_dir, step), self.console, *board]
             if config.page:
                 self.observers.append(Page(state))
-            rows = config.eval_iters * config.batch_size or None
-            self.bytes_per_token = val_batches.bytes_per_token(state.tokenizer.token_bytes(), rows)
 
     def __enter__(self) -> "Observers":
         return self
@@ -82,7 +80,8 @@ class Observers:
         self.machine.group.on_rank_0(self._report, val_loss, model)
 
     def _report(self, val_loss, model):
-        progress = self.state.progress
+        progress, rows = self.state.progress, self.config.eval_iters * self.config.batch_size or None
+        n_bytes = self.val_batches.bytes_per_token(self.state.tokenizer.token_bytes(), rows)
         evaluation = Evaluation(
             step=progress.step,
             lr=learning_rate(progress.step - 1, self.config),
@@ -90,7 +89,7 @@ class Observers:
             val_loss=val_loss,
             tokens_per_s=self.tokens_per_s,
             seconds=progress.seconds,
-            bits_per_byte=bits_per_byte(val_loss, self.bytes_per_token),
+            bits_per_byte=bits_per_byte(val_loss, n_bytes),
         )
         self.tokens, self.busy = 0, 0.0
         self.tell("evaluated", evaluation)

@@ -34,7 +34,7 @@ class TensorBoard(Observer):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.config, self.progress, self.model = state.config, state.progress, state.model
-        starts, lengths = val_batches.validation_rows()
+        starts, lengths = val_batches.validation_rows(0, 2**16)
         longest = [lengths.argmax()]  # of a stream, whose rows have equal lengths, the first row
         x, _, tokens = val_batches.gather(starts[longest], lengths[longest])
         self.idx = x[:, : min(tokens, LONGEST_TEXT)]  # (1, T)
