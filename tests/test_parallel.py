@@ -12,7 +12,7 @@ import train
 from quill import checkpoint
 
 SHAPE = {"n_layer": 3, "n_embd": 32, "block_size": 32, "bias": True, "gradient_accumulation_steps": 3}
-SHAPE |= {"eval_interval": 10, "eval_iters": 7, "final_samples": 2, "sample_tokens": 20}
+SHAPE |= {"learning_rate": 1e-3, "eval_interval": 10, "eval_iters": 7, "final_samples": 2, "sample_tokens": 20}
 KINDS = {
     "adamw": {},
     "muon": {"optimizer": "muon"},
