@@ -25,7 +25,6 @@ from quill.checkpoint import Checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import DATA_ORDER, Batches, derive_seed
 from quill.data.splits import Splits, note_capped_evaluation, open_splits
-from quill.describe import describe
 from quill.distributed import ProcessGroup
 from quill.errors import UserError, check
 from quill.files import folder_lock
@@ -41,6 +40,7 @@ from quill.machine import (
 from quill.observers import Observers
 from quill.optimizer import learning_rate
 from quill.options import Options, TrainConfig
+from quill.plan import dry_run
 from quill.run_folder import RunFolder, folder_of, what_is_kept
 from quill.scoring import perplexity
 from quill.state import TrainState
@@ -191,13 +191,13 @@ def launch(config: TrainConfig, flags: Options, saved: Checkpoint | None, machin
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
     is_resume = config.init_from == "resume"
     if config.vocab_size is not None:  # a dry run without a dataset
-        machine.group.on_rank_0(print, describe(config, config.vocab_size, machine))
+        machine.group.on_rank_0(print, dry_run(config, config.vocab_size, machine))
         return 0
     data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
         saved = checkpoint.match_vocabulary(saved, data.dataset)
     if config.dry_run:
-        machine.group.on_rank_0(print, describe(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches))
+        machine.group.on_rank_0(print, dry_run(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches))
         return 0
     state = TrainState(config, flags, data.dataset.tokenizer, machine, saved)
     note_capped_evaluation(config, data.val_batches)

@@ -38,7 +38,7 @@ def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Ba
         f"{'GPT':44}{model.num_params():>14,} parameters",
         *_module_lines(model, config),
         f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
-        *_memory_lines(model, config, machine),
+        *(_memory_lines(model, config, machine) if not config.gpus else ()),
         f"a step            {rows:,} rows, {tokens:,.0f} tokens",
         *epoch_lines,
         f"the run           {config.max_iters:,} steps, {epochs}{config.max_iters * tokens:.2e} tokens, "
@@ -67,10 +67,7 @@ def _module_lines(model, config):
 
 def _memory_lines(model, config, machine):
     """Yield the memory of a training step: the sum, then a line for each part of it."""
-    weights, moments = 4 * model.num_params(), 1 if config.optimizer == "muon" else 2
-    average = weights if config.ema_decay else 0
-    state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
-    parts = {"weights": weights, "gradients": weights, "optimizer": 4 * state, "moving average": average}
+    parts = state_bytes(model, config)
     of_a_rank = -(-config.batch_size * config.gradient_accumulation_steps // machine.group.world_size)
     rows, dtype = min(config.batch_size, of_a_rank), str(machine.dtype).removeprefix("torch.")
     kept, added = activation_bytes(config, model.vocab_size, rows, machine)
@@ -80,18 +77,29 @@ def _memory_lines(model, config, machine):
     yield from (f"{size / 2**20:>20,.1f} MiB  {name}" for name, size in parts.items() if size)
 
 
-def activation_bytes(config: TrainConfig, vocab_size: int, rows: int, machine: Machine) -> tuple[int, int]:
+def state_bytes(model: GPT, config: TrainConfig) -> dict[str, int]:
+    """Return the bytes, all in float32, of the weights and of what a step keeps for each of them."""
+    weights, moments = 4 * model.num_params(), 1 if config.optimizer == "muon" else 2
+    state = sum(p.numel() * (moments if ".h." in name and p.dim() == 2 else 2) for name, p in model.named_parameters())
+    average = weights if config.ema_decay else 0
+    return {"weights": weights, "gradients": weights, "optimizer": 4 * state, "moving average": average}
+
+
+def activation_bytes(
+    config: TrainConfig, vocab_size: int, rows: int, machine: Machine, faster: bool = True
+) -> tuple[int, int]:
     """Return the bytes that a micro-batch of `rows` rows keeps for its backward pass, and those added at the peak.
 
-    Weights and gradients are not among them. All layers are alike, so the third and later ones are not run.
+    Weights and gradients are not among them. All layers are alike, so the third and later ones are not run. faster: use
+    the layers of quill/cpu.py.
     """
     if config.n_layer > 2:
-        few = (activation_bytes(replace(config, n_layer=n), vocab_size, rows, machine) for n in (1, 2))
+        few = (activation_bytes(replace(config, n_layer=n), vocab_size, rows, machine, faster) for n in (1, 2))
         (one, _), (two, added) = few
         return two + (two - one) * (config.n_layer - 2), added
     with FakeTensorMode(), machine.device, torch.autograd.set_multithreading_enabled(False):
         with SkipInit():
-            model = cpu.speed_up(GPT(config, vocab_size))
+            model = cpu.speed_up(GPT(config, vocab_size)) if faster else GPT(config, vocab_size)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # the sum over the micro-batches before
         idx = torch.zeros(rows, config.block_size, dtype=torch.int64)

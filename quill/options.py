@@ -215,7 +215,25 @@ class SystemConfig(Checked, heading="The machine"):
 
 
 @dataclass(frozen=True)
-class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelConfig, heading="Compiling and memory"):
+class PlanConfig(ReportConfig, heading="The plan of a run on many GPUs, with --dry_run (docs/scale.md)"):
+    """The GPUs that a plan is for."""
+
+    gpus: int = option(0, "number of GPUs to plan for; 0 makes no plan", at_least=0)
+    gpu_memory: float = option(80.0, "a GPU's memory in GB (1e9 bytes)", above=0)
+    gpu_tflops: float = option(989.0, "a GPU's peak in TFLOP/s, dense bfloat16; 989 is an H100's", above=0)
+    gpu_network: float = option(50.0, "GB/s that a GPU sends to others; 50 is a card of 400 Gb/s for each GPU", above=0)
+    days: float = option(30.0, "days that the run may take", above=0)
+
+    def _check_group(self) -> None:
+        if self.gpus and not self.dry_run:
+            raise UserError(f"--gpus={self.gpus} is for --dry_run only: a run has as many as torchrun starts processes")
+        for name in ("gpu_memory", "gpu_tflops", "gpu_network", "days"):
+            value, default = getattr(self, name), getattr(PlanConfig, name)
+            check(self.gpus or value == default, f"--{name}={value:g} is for a plan: add --dry_run=True and --gpus=8")
+
+
+@dataclass(frozen=True)
+class TrainConfig(SystemConfig, PlanConfig, OptimizerConfig, RunConfig, ModelConfig, heading="Compiling and memory"):
     """The options of train.py."""
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
@@ -231,6 +249,7 @@ class TrainConfig(SystemConfig, ReportConfig, OptimizerConfig, RunConfig, ModelC
                 raise UserError(
                     f"--shard=True does not work with --{name}=True, which needs all weights on one process"
                 )
+        check(not self.gpus or self.dtype != "float32", "--dtype=float32: a plan is for bfloat16; leave --dtype out")
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation follows once `step` steps are done."""

@@ -41,6 +41,7 @@ LAYERS = [
         "quill/observers/": "torch tqdm (tensorboard)",
         "quill/scoring.py": "numpy torch",
         "quill/describe.py": "torch",
+        "quill/plan.py": "torch",
         "quill/trace.py": "torch",
     },
     {"quill/play/": "numpy torch starlette uvicorn"},
