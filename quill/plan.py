@@ -43,20 +43,23 @@ def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
     def count(rows, n_layer=config.n_layer):
         return activation_bytes(replace(config, n_layer=n_layer), model.vocab_size, rows, machine, faster=False)
 
-    row = (sum(count(MANY)) - sum(count(1))) / (MANY - 1)  # the peak is a convex function of the rows: this is enough
-    rest = sum(count(1)) - row
+    one, many = sum(count(1)), sum(count(MANY))
+    row = (many - one) / (MANY - 1)  # the peak is a convex function of the rows, so this is enough
+    rest = one - row
     # FSDP2 holds the root's weights and gradients whole, in float32; lm_head's gradient is counted already. Of a block,
     # it holds in bfloat16 the weights, those of the next, the buffer in which they arrive, and the gradients, and in
     # float32 the gradients to send. Autocast's copies of the matrices, in bfloat16, are not made.
     whole = 4 * root + 4 * (root - model.lm_head.weight.numel()) + (2 + 2 + 2 + 2 + 4) * block
     sharded = state / gpus + whole + rest - 2 * config.n_layer * matrices
-    # Checkpointing keeps a block's input, in float32, and the rest of the activations of one block only.
+    # Checkpointing keeps a block's input, in float32, and computes one block at a time: its activations, and as much
+    # again for gradients, when those of lm_head are gone.
     of_block = count(2, 2)[0] - count(2, 1)[0] - count(1, 2)[0] + count(1, 1)[0]
-    less = max(0, config.n_layer - 1) * (of_block - 4 * config.n_embd * config.block_size)
+    kept = 4 * config.n_embd * config.block_size * config.n_layer
+    checkpointed = kept + max(row - config.n_layer * of_block, 2 * of_block)
     return [
         Way("", state + 4 * total * (gpus > 1) + rest, row),  # DDP's buckets are a copy of the gradients
         Way("--shard=True", sharded, row),
-        Way("--shard=True --activation_checkpointing=True", sharded, row - less),
+        Way("--shard=True --activation_checkpointing=True", sharded, checkpointed),
     ]
 
 
