@@ -219,10 +219,10 @@ class PlanConfig(ReportConfig, heading="The plan of a run on many GPUs, with --d
     """The GPUs that a plan is for."""
 
     gpus: int = option(0, "number of GPUs to plan for; 0 makes no plan", at_least=0)
-    gpu_memory: float = option(80.0, "a GPU's memory in GB (1e9 bytes)", above=0)
-    gpu_tflops: float = option(989.0, "a GPU's peak in TFLOP/s, dense bfloat16; 989 is an H100's", above=0)
-    gpu_network: float = option(50.0, "GB/s that a GPU sends to others; 50 is a card of 400 Gb/s for each GPU", above=0)
-    days: float = option(30.0, "days that the run may take", above=0)
+    gpu_memory: float = option(80.0, "a GPU's memory in GB (1e9 bytes)", at_least=0.001, below=1e6)
+    gpu_tflops: float = option(989.0, "a GPU's peak in dense bfloat16; an H100 has 989", at_least=0.001, below=1e6)
+    gpu_network: float = option(50.0, "GB/s that a GPU sends; a card of 400 Gb/s has 50", at_least=0.001, below=1e6)
+    days: float = option(30.0, "days that the run may take", at_least=0.001, below=1e6)
 
     def _check_group(self) -> None:
         if self.gpus and not self.dry_run:

@@ -98,8 +98,8 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
         times = 0 if not size or gpus == 1 else (gpus - 1) / gpus * (rows // gpus // size) * (1 if flags else 1.5)
         needed = 2 * weights * times * TYPICAL / seconds / 1e9
         asked = gpus == 1 or flags.count("=") >= (2 if config.activation_checkpointing else config.shard)
-        # Take the first way whose traffic the network carries. If there is none, take the one with the least.
-        if size and asked and needed < best[0] > config.gpu_network:
+        # Take the first way whose traffic the network carries. If there is none, a later way must halve the traffic.
+        if size and asked and best[0] > config.gpu_network and (needed <= config.gpu_network or needed < best[0] / 2):
             best = (needed, flags, size)
         name = flags or "everything on each GPU" + " (DDP)" * (gpus > 1)
         yield f"{(fixed + row * micro) / 1e9:>22,.1f} GB{most:>18,}{f'{needed:,.1f}' if size else '':>20}  {name}"
@@ -125,7 +125,7 @@ def _time_lines(config, seconds, limit):
         yield f"{times}  {mfu:.0%}" + f"; the network allows {limit:.0%}" * (mfu > limit)
     needed = days * seconds / config.days
     enough = f"GPUs needed at {TYPICAL:.0%}: {ceil(needed / TYPICAL * config.gpus):,}"
-    yield f"{f'in {config.days:g} days':18}{needed:.1%} MFU; {enough}"
+    yield f"{f'in {config.days:g} days':18}{needed:,.1%} MFU; {enough}"
 
 
 def divisors(number: int) -> list[int]:
