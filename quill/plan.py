@@ -33,7 +33,7 @@ class Way(NamedTuple):
 
 
 def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
-    """→ everything on each GPU (DDP), sharded, sharded with activation checkpointing. For one GPU, only the first."""
+    """→ everything on each GPU (with several, DDP), sharded, sharded with activation checkpointing"""
     gpus, total, state = config.gpus, model.num_params(), sum(state_bytes(model, config).values())
     block, matrices = (sum(p.numel() for p in model.transformer.h[:1].parameters() if p.dim() >= n) for n in (1, 2))
     root = total - config.n_layer * block
