@@ -30,6 +30,7 @@ class Way(NamedTuple):
     flags: str  # "": each GPU has everything
     fixed: float
     row: float  # for each row of a micro-batch
+    sent: int  # to the other GPUs, and as much is received: in a step or, if sharded, in each micro-batch
 
 
 def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
@@ -56,10 +57,13 @@ def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
     of_block = count(2, 2)[0] - count(2, 1)[0] - count(1, 2)[0] + count(1, 1)[0]
     kept = 4 * config.n_embd * config.block_size * config.n_layer
     checkpointed = kept + max(row - config.n_layer * of_block, 2 * of_block)
+    # A ring all-reduce sends gradients twice, in 4 bytes. Sharded, weights are gathered twice, in 2 bytes, the root's
+    # in 4, and gradients are sent once, in 4.
+    sent = 8 * total + 4 * root
     return [
-        Way("", state + 4 * total * (gpus > 1) + rest, row),  # DDP's buckets are a copy of the gradients
-        Way("--shard=True", sharded, row),
-        Way("--shard=True --activation_checkpointing=True", sharded, checkpointed),
+        Way("", state + 4 * total * (gpus > 1) + rest, row, 8 * total),  # DDP's buckets are a copy of the gradients
+        Way("--shard=True", sharded, row, sent),
+        Way("--shard=True --activation_checkpointing=True", sharded, checkpointed, sent),
     ]
 
 
@@ -90,13 +94,12 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
     yield f"memory of a GPU   {usable / 1e9:,.3g} GB; the rest is for the CUDA context, NCCL's buffers, fragmentation"
     yield f"{f'with {micro:,} row' + 's' * (micro > 1):>25}{'rows that fit':>18}{f'GB/s at {TYPICAL:.0%} MFU':>20}"
     best, ways = (inf, "", 0), ways_to_train(model, config)
-    for flags, fixed, row in ways if gpus > 1 else ways[:1]:
+    for flags, fixed, row, sent in ways if gpus > 1 else ways[:1]:
         most = max(0, int((usable - fixed) // row))
         size = max((n for n in divisors(rows // gpus) if n <= most), default=0)  # of a micro-batch
-        # Sharded: each micro-batch gathers weights twice, in 2 bytes, or once, in 4, and sends gradients in 4. DDP: a
-        # ring all-reduce sends gradients twice, in 4 bytes, during two thirds of a step's last micro-batch.
+        # DDP sends during the backward pass of a step's last micro-batch, which is two thirds of its time.
         times = 0 if not size or gpus == 1 else (gpus - 1) / gpus * (rows // gpus // size) * (1 if flags else 1.5)
-        needed = 2 * weights * times * TYPICAL / seconds / 1e9
+        needed = sent * times * TYPICAL / seconds / 1e9
         asked = gpus == 1 or flags.count("=") >= (2 if config.activation_checkpointing else config.shard)
         # Take the first way whose traffic the network carries. If there is none, a later way must halve the traffic.
         if size and asked and best[0] > config.gpu_network and (needed <= config.gpu_network or needed < best[0] / 2):
