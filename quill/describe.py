@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from model import GPT
 from quill import cpu
 from quill.data.batches import Batches
-from quill.machine import Machine
+from quill.machine import Machine, checkpoint_activations
 from quill.options import TrainConfig
 from quill.schema import SkipInit
 
@@ -102,6 +102,8 @@ def activation_bytes(
             model = cpu.speed_up(GPT(config, vocab_size)) if faster else GPT(config, vocab_size)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # the sum over the micro-batches before
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
         idx = torch.zeros(rows, config.block_size, dtype=torch.int64)
         with LiveBytes() as live:
             with machine.autocast():

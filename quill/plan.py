@@ -39,7 +39,8 @@ def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
     block, matrices = (sum(p.numel() for p in model.transformer.h[:1].parameters() if p.dim() >= n) for n in (1, 2))
     root = total - config.n_layer * block
     machine = Machine(device=torch.device("cpu"), dtype=torch.bfloat16, name="cpu")
-    config = replace(config, attention_dropout=0.0)  # with dropout, torch has no flash attention on a CPU
+    # With dropout, torch has no flash attention on a CPU. Checkpointing is computed below.
+    config = replace(config, attention_dropout=0.0, activation_checkpointing=False)
 
     def count(rows, n_layer=config.n_layer):
         return activation_bytes(replace(config, n_layer=n_layer), model.vocab_size, rows, machine, faster=False)
