@@ -41,7 +41,7 @@ from quill.observers import Observers
 from quill.optimizer import learning_rate
 from quill.options import Options, TrainConfig
 from quill.plan import dry_run
-from quill.run_folder import RunFolder, folder_of, what_is_kept
+from quill.run_folder import PER_NODE, RunFolder, folder_of, what_is_kept
 from quill.scoring import perplexity
 from quill.state import TrainState
 
@@ -229,12 +229,15 @@ def main(argv: list[str]) -> int:
     with group.connected(), ExitStack() as stack:
         from_file, flags = group.on_all_ranks(read_options, argv)
         given = from_file | flags
+        group.refuse_differences({key: given[key] for key in given if key not in PER_NODE})
         folder = group.on_all_ranks(folder_of, given)
         if not (given.get("eval_only") or given.get("dry_run")):
             group.on_rank_0(stack.enter_context, folder_lock(folder.path))
         config, flags, saved = group.on_all_ranks(checkpoint.resolve_start, from_file, flags, folder)
         threads = saved["threads"] if saved and config.init_from == "resume" else None
         machine = group.on_all_ranks(pick_machine, config, group, threads)
+        start = {"init_from": config.init_from, "step": saved["step"] if saved else 0}
+        group.refuse_differences(start | {"device": machine.device.type, "dtype": machine.dtype})
         with memory_limits(machine):
             return launch(config, flags, saved, machine, folder)
 

@@ -9,9 +9,11 @@ An error on any rank ends all of them at once, with one line on stderr.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +33,7 @@ from quill.errors import UserError
 JOINING = 300.0  # seconds from the first rank's start until the last rank must be there
 LEAVING = 10.0  # seconds that a rank waits for the others to have seen the end of the run
 REPORTING = 5.0  # seconds that a rank gives another one to report its error
+UNREACHABLE = 30  # seconds without an answer from another node's kernel, after which its processes are given up
 HOW_TO_JOIN = "a node can join a run that has started if torchrun runs with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
@@ -84,6 +88,7 @@ class ProcessGroup:
             store = meet(next(dist.rendezvous("env://", timeout=timeout))[0], self.rank, self.world_size)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
+            give_up_unreachable_nodes()
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"can't connect to the other processes: {reason}") from None
@@ -116,8 +121,9 @@ class ProcessGroup:
                 _wait_until(lambda: store.check(["ended"]), REPORTING)
             try:
                 first = store.compare_set("ended", "", mine).decode()
-            except dist.DistError:  # rank 0 served the store and has ended
-                text = text if self.rank == 1 else ""
+            except dist.DistError:  # rank 0 served the store and has ended, or its node can't be reached
+                speaks = self.rank == 1 or (self.rank > 1 and os.environ.get("LOCAL_RANK") == "0")
+                text = text if speaks else ""
         if first == mine and text:
             # Before the ranks have met, a signal to all of them gives each the same line.
             note(f"{script_name()}: {text}", every_rank=store is not None or not isinstance(error, KeyboardInterrupt))
@@ -140,7 +146,7 @@ class ProcessGroup:
             return "", error.code if isinstance(error.code, int) else int(error.code is not None)
         # gloo's errors have no type of their own.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
-            return f"rank {self.rank} lost its connection to another process, which has failed or was killed", 1
+            return f"rank {self.rank} lost its connection to another process, which has failed or can't be reached", 1
         if not isinstance(error, (UserError, OSError)):
             traceback.print_exception(error)
         text, code = explain(error)
@@ -159,6 +165,19 @@ class ProcessGroup:
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
+
+    def refuse_differences(self, values: dict[str, Any]) -> None:
+        """Raise a UserError, on every rank, if a rank has other `values`, another torch or other code than rank 0."""
+        if self.world_size == 1:
+            return
+        ranks: list[Any] = [None] * self.world_size
+        dist.all_gather_object(ranks, {"torch": torch.__version__, "quill's code": code_digest()} | values)
+        for rank, theirs in enumerate(ranks):
+            for key in ranks[0] | theirs:
+                own, first = (f"{key}={of[key]}" if key in of else f"{key} at its default" for of in (theirs, ranks[0]))
+                if own != first:
+                    advice = "start all nodes with the same code, options and data"
+                    raise AgreedError(f"rank {rank} has {own}, but rank 0 has {first}; {advice}")
 
     def on_all_ranks(self, work: Callable[..., Any], *args: Any) -> Any:
         """Call `work(*args)` on each rank. If any rank fails, every rank raises its error instead of deadlocking."""
@@ -187,6 +206,27 @@ class ProcessGroup:
     def on_rank_0(self, work: Callable[..., Any], *args: Any) -> None:
         """Call `work(*args)` on rank 0 while the others wait. If it fails, every rank raises its error."""
         self.on_all_ranks(work if self.rank == 0 else lambda *args: None, *args)
+
+
+def code_digest() -> str:
+    """Return a digest of quill's source files."""
+    root = Path(__file__).parent.parent
+    paths = (root / "model.py", root / "train.py", *sorted(root.glob("quill/**/*.py")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def give_up_unreachable_nodes() -> None:
+    """Let this process's connections fail UNREACHABLE seconds after the other end can't be reached any more.
+
+    By default that takes a quarter of an hour. A node's kernel answers for processes that compute or write, so that
+    waiting for them is not cut short. Only Linux has this.
+    """
+    seconds = {"TCP_KEEPIDLE": UNREACHABLE // 2, "TCP_KEEPINTVL": UNREACHABLE // 6, "TCP_KEEPCNT": 3}
+    for descriptor in Path("/proc/self/fd").glob("*"):  # gloo does not say which are its own
+        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in (seconds | {"TCP_USER_TIMEOUT": UNREACHABLE * 1000}).items():
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:

@@ -5,6 +5,7 @@
 
 FAULTS is a list such as kill:1:12,disk-together:0:30. Before step 12, rank 1 is killed. Before step 30, rank 0 fails to
 write, inside of work that the ranks do together. Each happens once: FOLDER remembers it, so that a restart passes it.
+Two kinds hold from the start: --seed=2:1 gives rank 1 alone a flag, and memory=64:1 lets it have 64 MB more than torch.
 
 Without torchrun, every fault has a run of its own on two forked processes, so that torch is imported once. This prints
 a line of JSON for each: the exit codes of the ranks, the seconds between their ends, and what they wrote to stderr.
@@ -12,6 +13,7 @@ a line of JSON for each: the exit codes of the ranks, the seconds between their 
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -54,6 +56,7 @@ FAULTS = {
     "user": make_a_mistake,
     "bug": have_a_bug,
     "interrupt": be_interrupted,
+    "rest": lambda: time.sleep(3),
     "wait": signal.pause,  # until torchrun sends SIGTERM, because a node joins
 }
 
@@ -81,8 +84,13 @@ def inject(folder, faults):
 
 
 def worker(folder, faults, flags):
-    inject(folder, faults)
-    sys.argv[1:] = flags
+    mine = [fault.split(":")[0] for fault in faults if fault.endswith(f":{os.environ['RANK']}")]
+    for kind in mine:
+        if kind.startswith("memory="):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (int(kind.removeprefix("memory=")) << 20),) * 2)
+    inject(folder, [fault for fault in faults if fault.count(":") == 2])
+    sys.argv[1:] = flags + [kind for kind in mine if kind.startswith("--")]
     run(train.main)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from quill import distributed
 from quill.distributed import AgreedError, ErrorElsewhere, ProcessGroup, meet
 from quill.errors import UserError
 from quill.machine import Machine
@@ -55,6 +56,14 @@ def work(rank, port, results):
             with pytest.raises(AgreedError) as caught:
                 one_fails()
             seen.append(str(caught.value))
+        group.refuse_differences({"seed": 1, "dtype": torch.float32})
+        for values in ({"seed": 1 + rank}, {"seed": 1} if rank else {}):
+            with pytest.raises(AgreedError) as caught:
+                group.refuse_differences(values)
+            seen.append(str(caught.value))
+        distributed.code_digest = lambda: f"code {rank}"
+        with pytest.raises(AgreedError, match="rank 1 has quill's code=code 1, but rank 0 has"):
+            group.refuse_differences({})
         with pytest.raises(TypeError if rank == 1 else ErrorElsewhere):  # a bug of quill's
             group.on_all_ranks(len if rank == 1 else str, 3)
         parallel = Replicated(on_cpu(group))
@@ -95,6 +104,8 @@ def test_two_ranks_agree():
     mp.spawn(work, (port, results), nprocs=2)
     seen = sorted(results.get() for _ in range(2))
     errors = ["rank 1: no disk", "no disk", "no disk", "/: Is a directory"]
+    for one, zero in (("seed=2", "seed=1"), ("seed=1", "seed at its default")):
+        errors.append(f"rank 1 has {one}, but rank 0 has {zero}; start all nodes with the same code, options and data")
     shares = [[0.0] * 4 + [1.0] * 3, [0.0]]
     assert seen == [[rank, 3.0, 10, rank, *errors, True, 1.5, shares, True] for rank in (0, 1)]
 

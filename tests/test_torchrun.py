@@ -22,7 +22,7 @@ from quill import checkpoint
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ONE_NODE = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
 FAULTY = "tests/faulty_run.py"
-LOST = "rank {} lost its connection to another process, which has failed or was killed"
+LOST = "rank {} lost its connection to another process, which has failed or can't be reached"
 
 
 def start(stack, *argv, **environment):
@@ -108,6 +108,40 @@ def test_a_node_joins_late(flags, tmp_path, killed):
     assert_trained_like(tmp_path / "run", tmp_path / "whole", atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("lost", [1, 0])
+def test_a_lost_node(flags, tmp_path, lost):
+    """torchrun and its process are killed on a node. The other node goes on alone, until the lost one is back."""
+    options = {"eval_interval": 5, "log_interval": 1, "dataset": "words"}
+    assert train.main(flags(**options, out_dir=tmp_path / "whole")) == 0
+    port, conf = free_port(), "last_call_timeout=3"
+    with ExitStack() as stack:
+        if lost == 0:  # the first node may be lost if it does not host the rendezvous
+            serve = f"store = TCPStore('127.0.0.1', {port}, is_master=True, wait_for_workers=False); time.sleep(600)"
+            start(stack, sys.executable, "-c", f"import time; from torch.distributed import TCPStore; {serve}")
+            conf += ",is_host=0"
+        argv = [*TORCHRUN, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d"]
+        argv += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=lost", f"--rdzv_conf={conf}"]
+        argv += [FAULTY, tmp_path, "rest:all:12,wait:0:25", *flags(**options, init_from="auto")]
+        nodes = [start(stack, *argv, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")]
+        time.sleep(1)  # so that this one hosts the rendezvous
+        nodes.append(start(stack, *argv, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+        wait_for(tmp_path / "rest:all:12:1")
+        for pid in (nodes[lost].pid, *children(nodes[lost].pid)):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(tmp_path / "wait:0:25:0")
+        nodes.pop(lost)
+        nodes.append(start(stack, *argv, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+        outputs = [node.communicate(timeout=100)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert own_lines(outputs[0])[0] in [f"faulty_run.py: {LOST.format(rank)}" for rank in range(2)]
+    assert "stopped by SIGTERM at step 26" in outputs[0]
+    assert len(losses(tmp_path / "run")) == 8
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=0, atol=1e-5)
+    assert_trained_like(tmp_path / "run", tmp_path / "whole", atol=1e-4)
+
+
 def wait_for(path, seconds=60):
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -115,11 +149,13 @@ def wait_for(path, seconds=60):
         time.sleep(0.05)
 
 
+SAME = "start all nodes with the same code, options and data"
 ERRORS = {  # fault: exit codes, quill's line
     "kill:1:3": ([1, -9], LOST.format(0)),
     "disk:1:3": ([2, 2], "rank 1: metrics.csv: No space left on device"),
     "disk-together:0:3": ([2, 2], "metrics.csv: No space left on device"),
     "bug-together:1:3": ([1, 1], "rank 1: TypeError: not a number"),
+    "--seed=2:1": ([2, 2], f"rank 1 has seed=2, but rank 0 has seed at its default; {SAME}"),
 }
 MORE_ERRORS = {
     "kill:0:3": ([-9, 1], LOST.format(1)),
@@ -129,6 +165,9 @@ MORE_ERRORS = {
     "user-together:1:3": ([2, 2], r"rank 1: there is no\nmemory"),
     "bug:0:3": ([1, 1], "rank 0: TypeError: not a number"),
     "bug:1:3": ([1, 1], "rank 1: TypeError: not a number"),
+    "--eval_only=True:1": ([2, 2], f"rank 1 has eval_only=True, but rank 0 has eval_only at its default; {SAME}"),
+    "--dataset=none:0": ([2, 2], f"rank 1 has dataset=prose, but rank 0 has dataset=none; {SAME}"),
+    "--n_layer=1:1": ([2, 2], f"rank 1 has n_layer=1, but rank 0 has n_layer=2; {SAME}"),
     "interrupt:1:3": ([130, 130], "stopped by SIGINT"),
 }
 
@@ -179,6 +218,27 @@ def test_an_error_under_torchrun(flags, tmp_path, fault):
 def test_a_mistake_under_torchrun(flags, tmp_path):
     done = command(*ONE_NODE[1:], "train.py", *flags(n_head=3), check=1)
     assert len(own_lines(done.stderr, "train.py")) == 1 and "--n_head" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_nodes_with_different_seeds(flags, tmp_path):
+    argv = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=seeds"]
+    argv += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "train.py"]
+    with ExitStack() as stack:
+        nodes = [start(stack, *argv, *flags(seed=seed)) for seed in (1, 2)]
+        outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    first, second = (f"train.py: rank 1 has seed={3 - seed}, but rank 0 has seed={seed}; {SAME}" for seed in (1, 2))
+    assert own_lines("\n".join(outputs), "train.py") in ([first], [second])  # any node may have rank 0
+    assert [node.returncode for node in nodes] == [1, 1] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+def test_a_rank_without_memory(flags, tmp_path):
+    size = {"n_layer": 4, "n_embd": 256, "batch_size": 32, "block_size": 64}
+    done = command(*ONE_NODE[1:], FAULTY, tmp_path, "memory=64:1", *flags(**size), check=1)
+    advice = "use a smaller --batch_size, --num_samples or model"
+    assert own_lines(done.stderr) == [f"faulty_run.py: rank 1: cpu, 1 thread is out of memory; {advice}"]
 
 
 def children(pid):

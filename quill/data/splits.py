@@ -27,6 +27,7 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
     group = machine.group
     group.on_rank_0(prepare_if_missing, config.dataset, config.data_dir)
     dataset = group.on_all_ranks(open_dataset, config.data_dir, config.dataset)
+    group.refuse_differences({f"{name}.bin": split["sha256"][:12] for name, split in dataset.meta["splits"].items()})
     if config.val_split == "train_tail":
         dataset = group.on_all_ranks(hold_out_tail, dataset)
     rows = config.batch_size * config.gradient_accumulation_steps
