@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
     tokenizer = find_tokenizer(state, config, path)
     ids, text = encode_text(tokenizer, config, key, path)
     machine = pick_machine(config)
-    with memory_limits(machine):
+    with memory_limits(machine, "use a smaller --num_samples"):
         model = cpu.for_sampling(checkpoint.load_model(state), machine)
         if key == "score":
             rows = scoring.score(model, tokenizer, ids, config.temperature, machine.device)

@@ -238,7 +238,7 @@ def main(argv: list[str]) -> int:
         machine = group.on_all_ranks(pick_machine, config, group, threads)
         start = {"init_from": config.init_from, "step": saved["step"] if saved else 0}
         group.refuse_differences(start | {"device": machine.device.type, "dtype": machine.dtype})
-        with memory_limits(machine):
+        with memory_limits(machine, "use --activation_checkpointing, --shard, a smaller --batch_size or model"):
             return launch(config, flags, saved, machine, folder)
 
 

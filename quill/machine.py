@@ -76,17 +76,15 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def memory_limits(machine: Machine) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into a UserError."""
+def memory_limits(machine: Machine, advice: str) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into a UserError with `advice`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         known = ("allocate memory", "Storage size calculation overflowed")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(k in str(error) for k in known):
             raise
-        raise UserError(
-            f"{machine.name} is out of memory; use a smaller --batch_size, --num_samples or model"
-        ) from None
+        raise UserError(f"{machine.name} is out of memory; {advice}") from None
 
 
 class StopSignals:

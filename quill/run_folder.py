@@ -15,7 +15,8 @@ from quill.options import RunConfig, TrainConfig
 
 CHECKPOINTS = ("last.pt", "best.pt")  # the first one that exists is resumed
 WRITTEN_BY_OBSERVERS = ("tensorboard/events.out.tfevents.*", "page/state.json", "page/live.pt", "page/step-*.pt")
-VOLATILE = ("init_from", "overwrite", "device", "threads")  # options that may differ between two starts of one run
+# Options that may differ between two starts of one run.
+VOLATILE = ("init_from", "overwrite", "device", "threads", "shard", "activation_checkpointing")
 PER_NODE = ("data_dir", "out_dir", "device", "threads")  # options that may differ between the nodes of one start
 
 

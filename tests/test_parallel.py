@@ -63,7 +63,7 @@ def compare(flags, tmp_path, capsys, world_size, kinds):
 
 
 def test_two_ranks_with_shards_train_as_one_process(flags, tmp_path, capsys):
-    compare(flags, tmp_path, capsys, 2, ["adamw", "documents"])
+    compare(flags, tmp_path, capsys, 2, ["documents"])
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ def test_two_nodes_with_different_seeds(flags, tmp_path):
 def test_a_rank_without_memory(flags, tmp_path):
     size = {"n_layer": 4, "n_embd": 256, "batch_size": 32, "block_size": 64}
     done = command(*ONE_NODE[1:], FAULTY, tmp_path, "memory=64:1", *flags(**size), check=1)
-    advice = "use a smaller --batch_size, --num_samples or model"
+    advice = "use --activation_checkpointing, --shard, a smaller --batch_size or model"
     assert own_lines(done.stderr) == [f"faulty_run.py: rank 1: cpu, 1 thread is out of memory; {advice}"]
 
 
