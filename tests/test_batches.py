@@ -497,7 +497,7 @@ def test_100_gb_of_tokens_take_no_memory(tmp_path, capsys):
         dataset="huge", data_dir=str(tmp_path), block_size=64, batch_size=8, gradient_accumulation_steps=1, eval_iters=3
     )
     group = SimpleNamespace(world_size=2, rank=1, on_rank_0=lambda f, *args: f(*args))
-    group.on_all_ranks = group.on_rank_0
+    group.on_all_ranks, group.refuse_differences = group.on_rank_0, lambda values: None
     tracemalloc.start()
     splits = open_splits(config, SimpleNamespace(device=CPU, group=group))
     note_capped_evaluation(config, splits.val_batches)
@@ -561,7 +561,7 @@ def test_a_run_on_100_gb_starts_in_two_seconds(tmp_path):
 )
 def test_the_numbers_of_processes_that_would_divide_the_rows_are_named(data_dir, flags, world_size, line):
     group = SimpleNamespace(world_size=world_size, rank=0, on_rank_0=lambda f, *args: f(*args))
-    group.on_all_ranks = group.on_rank_0
+    group.on_all_ranks, group.refuse_differences = group.on_rank_0, lambda values: None
     batch = dict(zip(("batch_size", "gradient_accumulation_steps"), flags, strict=True))
     config = TrainConfig(dataset="prose", data_dir=str(data_dir), block_size=8, **batch)
     with pytest.raises(UserError, match=line) as caught:
