@@ -101,7 +101,7 @@ class BatchedMuon(Optimizer, torch.optim.Muon):
                 gradients = [local(parameter.grad) for parameter in parameters]
                 buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov's momentum
+                updates = [*torch._foreach_lerp(gradients, buffers, group["momentum"])]  # Nesterov's momentum
                 updates = self.parallel.share_out(partial(orthogonalize, **settings), updates, parameters[0])
                 weights = [local(parameter) for parameter in parameters]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

@@ -46,13 +46,13 @@ class Parallel:
         """Return this rank's part of a moment, which is the same whole `tensor` on every rank."""
         return tensor
 
-    def share_out(self, work: Callable[[torch.Tensor], torch.Tensor], items: torch.Tensor, parameter: torch.Tensor):
-        """Return work(items), of which each rank computes some items and gets the others from the other ranks.
+    def share_out(self, work: Callable[[torch.Tensor], torch.Tensor], items: list[torch.Tensor], parameter: Any):
+        """Return work(items) (N, rows, columns), of which each rank computes some and gets the others from the others.
 
-        items (N, rows, columns): this rank's part of N matrices that have the shape of `parameter`. work gets whole
-        matrices, computes each of them on its own, and keeps the shape.
+        items: this rank's parts of N matrices that have the shape of `parameter`. work gets whole matrices, as one
+        tensor, computes each of them on its own, and keeps the shape.
         """
-        return work(items)
+        return work(torch.stack(items))
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return model.state_dict(), with whole tensors on rank 0 and nothing of use on the others."""
@@ -73,9 +73,10 @@ class Replicated(Parallel):
         return nullcontext() if is_last else model.no_sync()
 
     def share_out(self, work, items, parameter):  # noqa: D102
-        world_size, rank = self.group.world_size, self.group.rank
-        most = -(-len(items) // world_size)  # of a rank; the last ranks may have fewer, or none
-        mine, done = items[rank * most :][:most], items.new_empty(world_size, most, *items.shape[1:])
-        done[rank, : len(mine)] = work(mine)
-        dist.all_gather(list(done), done[rank].clone())
-        return done.flatten(0, 1)[: len(items)]
+        most = -(-len(items) // self.group.world_size)  # of a rank; the last ranks may have fewer, or none
+        mine, start = parameter.new_zeros(most, *parameter.shape), self.group.rank * most
+        if own := items[start : start + most]:
+            mine[: len(own)] = work(torch.stack(own))
+        done = mine.new_empty(self.group.world_size * most, *parameter.shape)
+        dist.all_gather_into_tensor(done, mine)
+        return done[: len(items)]

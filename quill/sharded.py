@@ -49,7 +49,7 @@ class Sharded(Parallel):
     def share_out(self, work, items, parameter):  # noqa: D102
         shape = torch.Size((len(items), *parameter.shape))
         layout: Any = {"device_mesh": self.mesh, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
-        some_rows = DTensor.from_local(items, placements=[Shard(1)], **layout)
+        some_rows = DTensor.from_local(torch.stack(items), placements=[Shard(1)], **layout)
         some_matrices = some_rows.redistribute(placements=[Shard(0)])
         done = DTensor.from_local(work(some_matrices.to_local()), placements=[Shard(0)], **layout)
         return done.redistribute(placements=[Shard(1)]).to_local()

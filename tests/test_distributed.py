@@ -80,7 +80,7 @@ def work(rank, port, results):
 def share_out_tokens(parallel):
     """Seven matrices among two ranks, and one, of which the second rank has none: which rank has computed each."""
     work = lambda part: part + parallel.group.rank  # noqa: E731
-    return [parallel.share_out(work, torch.zeros(n, 1, 1), torch.zeros(1, 1)).flatten().tolist() for n in (7, 1)]
+    return [parallel.share_out(work, [torch.zeros(1, 1)] * n, torch.zeros(1, 1)).flatten().tolist() for n in (7, 1)]
 
 
 def muon_after_3_steps(parallel):
