@@ -30,7 +30,8 @@ class Watched(train.TrainState):
         tensors = [*self.parameters, *(parameter.grad for parameter in self.parameters)]
         for optimizer, _ in self.optimizers:
             tensors += [t for moments in optimizer.state.values() for t in moments.values() if t.dim()]
-        held[-1] = sum(self.parallel.local(tensor).untyped_storage().nbytes() for tensor in tensors)
+        storages = [self.parallel.local(tensor).untyped_storage() for tensor in tensors]
+        held[-1] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # some are shared
 
 
 if __name__ == "__main__":
