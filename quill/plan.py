@@ -93,20 +93,22 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
         f"{config.gpu_tflops:g} TFLOP/s in bfloat16 and a network of {config.gpu_network:g} GB/s"
     )
     yield f"memory of a GPU   {usable / 1e9:,.3g} GB; the rest is for the CUDA context, NCCL's buffers, fragmentation"
-    yield f"{f'with {micro:,} row' + 's' * (micro > 1):>25}{'rows that fit':>18}{f'GB/s at {TYPICAL:.0%} MFU':>20}"
+    yield f"{f'with {micro:,} row' + 's' * (micro > 1):>25}{'rows that fit':>18}{'GB a step':>14}{f'GB/s at {TYPICAL:.0%} MFU':>20}"
     best, ways = (inf, "", 0), ways_to_train(model, config)
     for flags, fixed, row, sent in ways if gpus > 1 else ways[:1]:
         most = max(0, int((usable - fixed) // row))
         size = max((n for n in divisors(rows // gpus) if n <= most), default=0)  # of a micro-batch
+        micro_batches = rows // gpus // (size or 1)
+        a_step = sent * (gpus - 1) / gpus * (micro_batches if flags else 1) / 1e9
         # DDP sends during the backward pass of a step's last micro-batch, which is two thirds of its time.
-        times = 0 if not size or gpus == 1 else (gpus - 1) / gpus * (rows // gpus // size) * (1 if flags else 1.5)
-        needed = sent * times * TYPICAL / seconds / 1e9
+        needed = a_step * TYPICAL / seconds * (1 if flags else 1.5 * micro_batches)
         asked = gpus == 1 or flags.count("=") >= (2 if config.activation_checkpointing else config.shard)
         # Take the first way whose traffic the network carries. If there is none, a later way must halve the traffic.
         if size and asked and best[0] > config.gpu_network and (needed <= config.gpu_network or needed < best[0] / 2):
             best = (needed, flags, size)
         name = flags or "everything on each GPU" + " (DDP)" * (gpus > 1)
-        yield f"{(fixed + row * micro) / 1e9:>22,.1f} GB{most:>18,}{f'{needed:,.1f}' if size else '':>20}  {name}"
+        sending = f"{a_step:,.1f}{needed:>20,.1f}" if size else ""
+        yield f"{(fixed + row * micro) / 1e9:>22,.1f} GB{most:>18,}{sending:>34}  {name}"
     needed, flags, size = best
     if size:
         yield f"use               {f'{flags} --batch_size={size} --gradient_accumulation_steps={rows // size}'.strip()}"

@@ -54,12 +54,12 @@ def on_meta(config, vocab_size=50257):
 def printed(config, vocab_size=50257):
     """A plan → its lines by their first words, the table of memory, and the table of times, as numbers."""
     lines = [*plan(config, vocab_size)]
-    ways = re.findall(r"^ +([\d,.]+) GB +([\d,]+) +([\d,.]+|)  (\S.*)$", "\n".join(lines), re.MULTILINE)
+    ways = re.findall(r"^ +([\d,.]+) GB +([\d,]+) +([\d,.]+|) +([\d,.]+|)  (\S.*)$", "\n".join(lines), re.MULTILINE)
     times = re.findall(r"^ +([\d,]+) +([\d,.]+) +([\d,.]+)  (\d+)%(.*)$", "\n".join(lines), re.MULTILINE)
     number = lambda text: float(text.replace(",", "") or "nan")  # noqa: E731
     return (
         {line[:18].strip(): line[18:] for line in lines if line[0] != " "},
-        {name: (number(memory), number(rows), number(traffic)) for memory, rows, traffic, name in ways},
+        {name: (number(memory), number(rows), number(sent), number(rate)) for memory, rows, sent, rate, name in ways},
         {int(mfu): (number(rate), number(step), number(days), note) for rate, step, days, mfu, note in times},
     )
 
@@ -197,7 +197,8 @@ def test_the_plan_of_13b():
     flops = (6 * (parameters - 2048 * 5120) + 12 * 40 * 5120 * 2048) * 2048
     sent = 8 * parameters + 4 * (50257 + 2048 + 2) * 5120
     traffic = sent * 1023 / 1024 / (flops / (0.4 * 989e12)) / 1e9
-    assert sharded[2] == checkpointed[2] == pytest.approx(traffic, rel=1e-3)
+    assert sharded[2] == checkpointed[2] == pytest.approx(sent * 1023 / 1024 / 1e9, rel=1e-3)
+    assert sharded[3] == checkpointed[3] == pytest.approx(traffic, rel=1e-3)
     assert ddp[1] == 0 and ddp[0] > 22 * parameters / 1e9 and ddp[2] != ddp[2]  # no traffic: it does not fit
     assert 0 < sharded[1] < checkpointed[1] and sharded[0] > checkpointed[0]
     assert text["use"] == "--shard=True --batch_size=1 --gradient_accumulation_steps=1024"
@@ -222,7 +223,7 @@ def test_what_is_recommended():
     assert len(ways) == 1 and text["the plan"].startswith("1 GPU, each") and text["use"].startswith("--batch_size=256 ")
     # Of each GPU's 32 rows, 16 fit with DDP. With checkpointing all of them fit, and weights are sent once.
     text, ways, times = printed(small(gpu_memory=0.1, gpu_network=1), 500)
-    assert [rows for _, rows, _ in ways.values()] == pytest.approx([21, 26, 58], abs=3)
+    assert [rows for _, rows, *_ in ways.values()] == pytest.approx([21, 26, 58], abs=3)
     assert text["use"] == "--shard=True --activation_checkpointing=True --batch_size=32 --gradient_accumulation_steps=8"
     ddp, sharded, checkpointed = (traffic for *_, traffic in ways.values())
     root = (500 + 128) * 128 / on_meta(small(), 500).num_params()
@@ -237,7 +238,7 @@ def test_what_does_not_fit():
     way = ways_to_train(GPT(small(), 500), small())[2]
     memory = 0.99 * (way.fixed + way.row) / 0.9e9
     text, ways, times = printed(small(gpu_memory=memory), 500)
-    assert not times and {rows for _, rows, _ in ways.values()} == {0}
+    assert not times and {rows for _, rows, *_ in ways.values()} == {0}
     assert text["too small"] == "16 GPUs are enough"
     assert "use" in printed(small(gpu_memory=memory, gpus=16), 500)[0]
     assert printed(small(gpu_memory=memory / 2), 500)[0]["too small"].endswith("it takes tensor parallelism")
