@@ -40,7 +40,7 @@ from quill.machine import (
 from quill.observers import Observers
 from quill.optimizer import learning_rate
 from quill.options import Options, TrainConfig
-from quill.plan import dry_run
+from quill.plan import print_dry_run
 from quill.run_folder import PER_NODE, RunFolder, folder_of, what_is_kept
 from quill.scoring import perplexity
 from quill.state import TrainState
@@ -54,12 +54,12 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     The loss and the gradient norm stay on the device: see `TrainState.read_losses`.
     """
     step, model, scaler = state.progress.step, state.train_model, state.scaler
-    parallel, group = state.parallel, machine.group
+    strategy, group = state.strategy, machine.group
     machine.seed(derive_seed("dropout", config.seed, step, group.rank))
     total, micro_batches = batches.global_batch(step)
     loss = torch.zeros((), device=machine.device)
     for i, (x, y, predicted) in enumerate(micro_batches):
-        with parallel.accumulating(model, is_last=i + 1 == len(micro_batches)):
+        with strategy.maybe_no_sync(model, is_last=i + 1 == len(micro_batches)):
             with machine.autocast():
                 mean = model(x, y)[1]
             share = predicted / total  # so that the sum is the mean over the global batch
@@ -69,7 +69,7 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
         scaler.unscale_(optimizer)
         for param_group in optimizer.param_groups:
             param_group["lr"] = peak * (learning_rate(step, config) / config.learning_rate)
-    norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
+    norm = strategy.full_tensor(torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(state.parameters, config.grad_clip, norm)
     for optimizer, _ in state.optimizers:
@@ -111,10 +111,8 @@ def save(state: TrainState, better: bool) -> None:
     best.pt is written first. If the machine stops between the writes, a resume repeats the evaluation from last.pt.
     """
     saved = state.state_dict()
-    if state.machine.group.rank > 0:
-        return
     for name in ("best.pt", "last.pt") if better else ("last.pt",):
-        checkpoint.save(Path(state.config.out_dir) / name, saved)
+        state.machine.group.on_rank_0(checkpoint.save, Path(state.config.out_dir) / name, saved)
 
 
 def train(
@@ -128,7 +126,7 @@ def train(
             if state.pending:
                 observers.log(*state.read_losses())
             if not evaluating:  # else the step has been saved
-                group.on_all_ranks(save, state, False)
+                save(state, False)
             name = signal.Signals(stopped_by).name
             observers.say(f"stopped by {name} at step {progress.step}; continue with --init_from=resume")
             return 128 + stopped_by
@@ -148,7 +146,7 @@ def train(
         if evaluating:
             observers.evaluated(val_loss)
             progress.losses = []
-            group.on_all_ranks(save, state, better)
+            save(state, better)
         if evaluating and state.out_of_patience:
             observers.say(f"stopped early: {config.patience} evaluations without a better one")
             break
@@ -170,13 +168,15 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     if config.activation_checkpointing:
         checkpoint_activations(state.model)
     compiled = compile_model(state.model, x, y, config.compile, machine)
-    state.train_model = state.parallel.wrap(compiled)
+    state.train_model = state.strategy.wrap(compiled)
     keep_freed_memory()
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""
     dtype, tokens = str(machine.dtype).removeprefix("torch."), data.dataset
+    ranks = f", {machine.group.world_size} processes" if machine.group.world_size > 1 else ""
+    ranks += ", sharded" if state.strategy.is_sharded else ""
     observers.say(
-        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {dtype}; "
+        f"{state.model.num_params():,} parameters on {machine.name}{reason}, {dtype}{ranks}; "
         f"{len(tokens.train):,} tokens to train on, {len(tokens.val):,} to evaluate on"
     )
     with observers:
@@ -191,13 +191,14 @@ def launch(config: TrainConfig, flags: Options, saved: Checkpoint | None, machin
     """Describe, evaluate or train, as the options say. `flags`, `saved`: see `checkpoint.resolve_start`. → exit code"""
     is_resume = config.init_from == "resume"
     if config.vocab_size is not None:  # a dry run without a dataset
-        machine.group.on_rank_0(print, dry_run(config, config.vocab_size, machine))
+        machine.group.on_rank_0(print_dry_run, config, config.vocab_size, machine)
         return 0
     data = open_splits(config, machine, saved["data_order"] if saved and is_resume else DATA_ORDER)
     if saved is not None:
         saved = checkpoint.match_vocabulary(saved, data.dataset)
     if config.dry_run:
-        machine.group.on_rank_0(print, dry_run(config, data.dataset.tokenizer.vocab_size, machine, data.train_batches))
+        vocab_size = data.dataset.tokenizer.vocab_size
+        machine.group.on_rank_0(print_dry_run, config, vocab_size, machine, data.train_batches)
         return 0
     state = TrainState(config, flags, data.dataset.tokenizer, machine, saved)
     note_capped_evaluation(config, data.val_batches)
@@ -210,6 +211,8 @@ def launch(config: TrainConfig, flags: Options, saved: Checkpoint | None, machin
         note(f"note: {config.out_dir} is at step {state.progress.step} already; to continue, raise --max_iters")
         return 0
     state.add_optimizers(saved)
+    if saved is not None:
+        saved.clear()  # the caller has it too, and its tensors would stay in memory
     return run_training(state, data, config, machine, folder)
 
 
@@ -238,7 +241,7 @@ def main(argv: list[str]) -> int:
         machine = group.on_all_ranks(pick_machine, config, group, threads)
         start = {"init_from": config.init_from, "step": saved["step"] if saved else 0}
         group.refuse_differences(start | {"device": machine.device.type, "dtype": machine.dtype})
-        with memory_limits(machine, "use --activation_checkpointing, --shard, a smaller --batch_size or model"):
+        with memory_limits(machine, "use --activation_checkpointing=True, a smaller --batch_size or model"):
             return launch(config, flags, saved, machine, folder)
 
 

@@ -30,7 +30,7 @@ from quill.errors import UserError, check
 from quill.files import replacing
 from quill.interop import NANOGPT_KEYS, PRETRAINED, find_pretrained, from_nanogpt, read_folder, without_padding
 from quill.options import ModelConfig, Options, TrainConfig
-from quill.parallel import Parallel
+from quill.parallel import Strategy
 from quill.run_folder import RunFolder, what_is_kept
 from quill.schema import SkipInit, check_to_resume, check_to_sample
 
@@ -131,16 +131,13 @@ def weights_to_sample(state: Checkpoint) -> dict[str, torch.Tensor]:
     return state["model"] if state["ema"] is None else state["ema"]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], parallel: Parallel) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], strategy: Strategy) -> None:
     """Restore the saved moments, but keep the settings that `optimizer` has, because a resume may change them."""
     pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     groups = [own | {"params": theirs["params"]} for own, theirs in pairs]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        i: {
-            key: parallel.shard_like(t, parameters[i]) if t.shape == parameters[i].shape else t
-            for key, t in own.items()
-        }
+        i: {key: strategy.shard(t, parameters[i]) if t.shape == parameters[i].shape else t for key, t in own.items()}
         for i, own in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -14,6 +14,7 @@ import os
 import secrets
 import signal
 import socket
+import stat
 import sys
 import time
 import traceback
@@ -219,11 +220,15 @@ def give_up_unreachable_nodes() -> None:
     """Let this process's connections fail UNREACHABLE seconds after the other end can't be reached any more.
 
     By default that takes a quarter of an hour. A node's kernel answers for processes that compute or write, so that
-    waiting for them is not cut short. Only Linux has this.
+    waiting for them is not cut short, unless they are stopped (SIGSTOP) for as long. Only Linux has this.
     """
     seconds = {"TCP_KEEPIDLE": UNREACHABLE // 2, "TCP_KEEPINTVL": UNREACHABLE // 6, "TCP_KEEPCNT": 3}
     for descriptor in Path("/proc/self/fd").glob("*"):  # gloo does not say which are its own
-        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as connection:
+        number = int(descriptor.name)
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in (seconds | {"TCP_USER_TIMEOUT": UNREACHABLE * 1000}).items():
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -223,13 +223,23 @@ def compile_model(model: nn.Module, x: torch.Tensor, y: torch.Tensor, option: bo
     if not (machine.device.type == "cuda" if option == "auto" else option):
         return model
     try:
+        small = torch.compile(nn.Linear(1, 1, device=machine.device))
+        small(torch.ones(1, 1, device=machine.device)).sum().backward()
+        failure = ""
+    except Exception as error:  # a compiler can fail in any way, and one node may have none
+        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # The ranks agree before they try a sharded model, of which each waits for the others.
+    if machine.group.max(bool(failure)):
+        note(f"note: torch.compile failed ({failure or 'on another rank'}); training continues uncompiled")
+        return model
+    try:
         compiled = torch.compile(model)
         with machine.autocast():
             loss = compiled(x, y)[1]
         loss.backward()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
-    except Exception as error:  # a compiler can fail in any way
+    except Exception as error:
         note(f"note: torch.compile failed ({str(error).strip().splitlines()[0]}); training continues uncompiled")
         compiled = model
     model.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quill.options import TrainConfig
-from quill.parallel import Parallel
+from quill.parallel import Strategy
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -30,11 +30,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(
-    model: nn.Module, config: TrainConfig, parallel: Parallel
+    model: nn.Module, config: TrainConfig, strategy: Strategy
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """→ [(optimizer, its peak learning rate)]. Every parameter is in exactly one group; only matrices decay.
 
-    parallel: the ranks among which Muon's work is shared out.
+    strategy: the ranks among which Muon's work is shared out.
     """
     muon, decay, no_decay = [], [], []
     for name, parameter in model.named_parameters():
@@ -50,7 +50,7 @@ def make_optimizers(
         # 4 steps train as well as torch's 5 (docs/records/), 3 and 2 do not.
         settings = {"momentum": config.muon_momentum, "weight_decay": config.weight_decay, "ns_steps": 4}
         optimizers.append(
-            (BatchedMuon(muon, config.muon_learning_rate, parallel, **settings), config.muon_learning_rate)
+            (BatchedMuon(muon, config.muon_learning_rate, strategy, **settings), config.muon_learning_rate)
         )
     covered = [id(p) for optimizer, _ in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter must be in exactly one group"
@@ -80,14 +80,14 @@ class BatchedMuon(Optimizer, torch.optim.Muon):
     Each rank orthogonalizes its share of the matrices of a shape, and gets the others from the other ranks.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, parallel: Parallel, **settings: Any):
+    def __init__(self, parameters: list[nn.Parameter], lr: float, strategy: Strategy, **settings: Any):
         super().__init__(parameters, lr, **settings)
-        self.parallel = parallel
+        self.strategy = strategy
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        local = self.parallel.local
+        local = self.strategy.to_local
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
@@ -102,7 +102,7 @@ class BatchedMuon(Optimizer, torch.optim.Muon):
                 buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 updates = [*torch._foreach_lerp(gradients, buffers, group["momentum"])]  # Nesterov's momentum
-                updates = self.parallel.share_out(partial(orthogonalize, **settings), updates, parameters[0])
+                updates = self.strategy.map_matrices(partial(orthogonalize, **settings), updates, parameters[0])
                 weights = [local(parameter) for parameter in parameters]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 scale = -group["lr"] * math.sqrt(max(1, rows / columns))

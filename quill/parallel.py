@@ -1,4 +1,7 @@
-"""How the ranks of a run train one model: each with all of it (DDP), or each with a part of every parameter (FSDP2)."""
+"""How the ranks of a run train one model: each with a copy of it (DDP), or each with a part of every parameter (FSDP).
+
+Shapes: N matrices of one shape.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 from quill.machine import Machine
 
 
-class Parallel:
-    """One process, which has the whole model and does all the work. The subclasses are for several ranks."""
+class Strategy:
+    """What depends on the number of ranks. This class is for one process; the subclasses are for several ranks.
+
+    Every rank calls each method, because most of them have collectives.
+    """
 
     is_sharded = False
 
     def __init__(self, machine: Machine):
         self.machine, self.group = machine, machine.group
 
-    def place(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Move a model to the machine, in place, before it is trained."""
         model.to(self.machine.device)
 
@@ -30,53 +36,55 @@ class Parallel:
         """Return the module that a training step calls: its backward pass averages the gradients over the ranks."""
         return model
 
-    def accumulating(self, model: Any, is_last: bool) -> AbstractContextManager[Any]:
+    def maybe_no_sync(self, model: Any, is_last: bool) -> AbstractContextManager[Any]:
         """A context for each micro-batch of a step, where gradients need not be averaged before the last one."""
         return nullcontext()
 
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_local(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of a parameter, a gradient or a moment. They share memory."""
         return tensor
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor that may be sharded as a whole one, on every rank."""
         return tensor
 
-    def shard_like(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of a moment, which is the same whole `tensor` on every rank."""
+    def shard(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a moment, split like `parameter`. `tensor` is whole, and the same on all ranks."""
         return tensor
 
-    def share_out(self, work: Callable[[torch.Tensor], torch.Tensor], items: list[torch.Tensor], parameter: Any):
-        """Return work(items) (N, rows, columns), of which each rank computes some and gets the others from the others.
+    def map_matrices(
+        self, work: Callable[[torch.Tensor], torch.Tensor], matrices: list[torch.Tensor], parameter: Any
+    ) -> torch.Tensor:
+        """Return work(matrices). Each rank computes a part of the N matrices, then the parts are exchanged.
 
-        items: this rank's parts of N matrices that have the shape of `parameter`. work gets whole matrices, as one
-        tensor, computes each of them on its own, and keeps the shape.
+        matrices: what this rank has of each of them; they have the shape of `parameter`. work: from (N, rows, columns)
+        to the same shape, each matrix on its own; it gets whole matrices. → what this rank needs, (N, …)
         """
-        return work(torch.stack(items))
+        return work(torch.stack(matrices))
 
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Return model.state_dict(), with whole tensors on rank 0 and nothing of use on the others."""
+    def full_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Return model.state_dict(). On rank 0 its tensors are whole; the others have no use for it."""
         return model.state_dict()
 
-    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return optimizer.state_dict(), like `weights`."""
+    def full_optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return optimizer.state_dict(), like `full_state_dict`."""
         return optimizer.state_dict()
 
 
-class Replicated(Parallel):
-    """Each rank has the whole model and its own rows of the batch. The gradients are averaged (DDP)."""
+class DDP(Strategy):
+    """Each rank has the whole model and its own rows of the batch. The gradients are averaged."""
 
-    def wrap(self, model: nn.Module) -> nn.Module:  # noqa: D102
+    def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model)
 
-    def accumulating(self, model: Any, is_last: bool) -> AbstractContextManager[Any]:  # noqa: D102
+    def maybe_no_sync(self, model: Any, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else model.no_sync()
 
-    def share_out(self, work, items, parameter):  # noqa: D102
-        most = -(-len(items) // self.group.world_size)  # of a rank; the last ranks may have fewer, or none
+    def map_matrices(self, work, matrices, parameter):
+        most = -(-len(matrices) // self.group.world_size)  # of a rank; the last ranks may have fewer, or none
         mine, start = parameter.new_zeros(most, *parameter.shape), self.group.rank * most
-        if own := items[start : start + most]:
+        if own := matrices[start : start + most]:
             mine[: len(own)] = work(torch.stack(own))
-        done = mine.new_empty(self.group.world_size * most, *parameter.shape)
-        dist.all_gather_into_tensor(done, mine)
-        return done[: len(items)]
+        done = mine.new_empty(self.group.world_size, *mine.shape)
+        dist.all_gather(list(done), mine)
+        return done.flatten(0, 1)[: len(matrices)]

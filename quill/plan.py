@@ -6,7 +6,7 @@ which of the formulas were measured. Temporary tensors of the optimizer are not 
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import ceil, inf, isqrt
+from math import inf, isqrt
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
     of_block = count(2, 2)[0] - count(2, 1)[0] - count(1, 2)[0] + count(1, 1)[0]
     kept = 4 * config.n_embd * config.block_size * config.n_layer
     checkpointed = kept + max(row - config.n_layer * of_block, 2 * of_block)
-    # A ring all-reduce sends gradients twice, in 4 bytes. Sharded, weights are gathered twice, in 2 bytes, the root's
+    # A ring all-reduce sends gradients twice, in 4 bytes. FSDP, weights are gathered twice, in 2 bytes, the root's
     # in 4, and gradients are sent once, in 4.
     sent = 8 * total + 4 * root
     return [
@@ -68,10 +68,10 @@ def ways_to_train(model: GPT, config: TrainConfig) -> list[Way]:
     ]
 
 
-def dry_run(config: TrainConfig, vocab_size: int, machine: Machine, batches: Batches | None = None) -> str:
-    """Return what --dry_run prints: the description of the run and, with --gpus, its plan."""
+def print_dry_run(config: TrainConfig, vocab_size: int, machine: Machine, batches: Batches | None = None) -> None:
+    """Print what --dry_run shows: the description of the run and, with --gpus, its plan."""
     text = describe(config, vocab_size, machine, batches)
-    return "\n".join([text, "", *plan(config, vocab_size)]) if config.gpus else text
+    print("\n".join([text, "", *plan(config, vocab_size)]) if config.gpus else text)
 
 
 def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
@@ -93,16 +93,18 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
         f"{config.gpu_tflops:g} TFLOP/s in bfloat16 and a network of {config.gpu_network:g} GB/s"
     )
     yield f"memory of a GPU   {usable / 1e9:,.3g} GB; the rest is for the CUDA context, NCCL's buffers, fragmentation"
-    yield f"{f'with {micro:,} row' + 's' * (micro > 1):>25}{'rows that fit':>18}{'GB a step':>14}{f'GB/s at {TYPICAL:.0%} MFU':>20}"
+    columns = f"{'rows that fit':>18}{'GB a step':>14}{f'GB/s at {TYPICAL:.0%} MFU':>20}"
+    yield f"{f'with {micro:,} row' + 's' * (micro > 1):>25}{columns}"
     best, ways = (inf, "", 0), ways_to_train(model, config)
-    for flags, fixed, row, sent in ways if gpus > 1 else ways[:1]:
+    alone = [ways[0], ways[0]._replace(flags="--activation_checkpointing=True", row=ways[-1].row)]
+    for flags, fixed, row, sent in ways if gpus > 1 else alone:
         most = max(0, int((usable - fixed) // row))
         size = max((n for n in divisors(rows // gpus) if n <= most), default=0)  # of a micro-batch
         micro_batches = rows // gpus // (size or 1)
         a_step = sent * (gpus - 1) / gpus * (micro_batches if flags else 1) / 1e9
         # DDP sends during the backward pass of a step's last micro-batch, which is two thirds of its time.
         needed = a_step * TYPICAL / seconds * (1 if flags else 1.5 * micro_batches)
-        asked = gpus == 1 or flags.count("=") >= (2 if config.activation_checkpointing else config.shard)
+        asked = flags.count("=") >= (min(2, gpus) if config.activation_checkpointing else config.shard and gpus > 1)
         # Take the first way whose traffic the network carries. If there is none, a later way must halve the traffic.
         if size and asked and best[0] > config.gpu_network and (needed <= config.gpu_network or needed < best[0] / 2):
             best = (needed, flags, size)
@@ -113,11 +115,12 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
     if size:
         yield f"use               {f'{flags} --batch_size={size} --gradient_accumulation_steps={rows // size}'.strip()}"
         yield from _time_lines(config, seconds, TYPICAL * config.gpu_network / needed if needed else 1.0)
-        yield f"memory of a host  {weights / 1e9:,.1f} GB for each process at the start: it builds the whole model"
+        built = weights * (2 if config.ema_decay else 1) / 1e9
+        yield f"memory of a host  {built:,.1f} GB for each process at the start: it builds the whole model"
         yield f"a checkpoint      {(state - weights) / 1e9:,.1f} GB; rank 0 has a copy in its host's memory to save it"
     else:
         unsplit = ways[-1].fixed + ways[-1].row - state / gpus
-        enough = [f"{n:,} GPUs are enough" for n in divisors(rows) if unsplit + state / n <= usable]
+        enough = [f"{n:,} GPUs are enough" for n in divisors(rows) if n > gpus and unsplit + state / n <= usable]
         none = f"{unsplit / 1e9:,.1f} GB are not split, and {rows:,} GPUs have a row each: it takes tensor parallelism"
         yield f"too small         {[*enough, none][0]}"
 
@@ -126,12 +129,11 @@ def _time_lines(config, seconds, limit):
     """The time at several MFUs, of which the network allows those up to `limit`. seconds: a step's at the peak."""
     tokens, days = config.batch_size * config.gradient_accumulation_steps * config.block_size, config.max_iters / 86400
     yield f"{'tokens/s':>25}{'seconds a step':>18}{'days':>20}  MFU: FLOPs a token × tokens/s / the GPUs' peak"
-    for mfu in (0.2, 0.3, 0.4, 0.5):
+    for mfu in sorted({0.2, 0.3, 0.4, 0.5, min(0.5, round(limit, 2) or limit)}):
         times = f"{tokens * mfu / seconds:>25,.0f}{seconds / mfu:>18,.2f}{days * seconds / mfu:>20,.1f}"
-        yield f"{times}  {mfu:.0%}" + f"; the network allows {limit:.0%}" * (mfu > limit)
+        yield f"{times}  {mfu:.0%}" + f"; the network allows {limit:.0%}" * (mfu > limit + 0.005)
     needed = days * seconds / config.days
-    enough = f"GPUs needed at {TYPICAL:.0%}: {ceil(needed / TYPICAL * config.gpus):,}"
-    yield f"{f'in {config.days:g} days':18}{needed:,.1%} MFU; {enough}"
+    yield f"{f'in {config.days:g} days':18}{needed:,.1%} MFU"
 
 
 def divisors(number: int) -> list[int]:

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from quill.machine import Machine
-from quill.parallel import Parallel
+from quill.parallel import Strategy
 
 
-class Sharded(Parallel):
+class FSDP(Strategy):
     """Each parameter is split by its rows among the ranks. It becomes a DTensor, and so do its gradient and moments.
 
     The weights of a block are gathered before it is computed, forward and backward, and freed after it. They travel in
@@ -27,7 +27,7 @@ class Sharded(Parallel):
         super().__init__(machine)
         self.mesh = init_device_mesh(machine.device.type, (machine.group.world_size,))
 
-    def place(self, model: Any) -> None:  # noqa: D102
+    def prepare(self, model: Any) -> None:
         policy = MixedPrecisionPolicy(self.machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
             # Norms, embeddings and lm_head have float32 weights, as under autocast: so has the residual stream.
@@ -37,28 +37,31 @@ class Sharded(Parallel):
         # The rest, where wte and lm_head may share a matrix. A forward pass without a backward pass must free it too.
         fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
 
-    def local(self, tensor: Any) -> torch.Tensor:  # noqa: D102
+    def to_local(self, tensor: Any) -> torch.Tensor:
         return tensor.to_local()
 
-    def whole(self, tensor: Any) -> torch.Tensor:  # noqa: D102
+    def full_tensor(self, tensor: Any) -> torch.Tensor:
         return tensor.full_tensor()
 
-    def shard_like(self, tensor: torch.Tensor, parameter: Any) -> torch.Tensor:  # noqa: D102
-        return distribute_tensor(tensor, self.mesh, parameter.placements, src_data_rank=None)
+    def shard(self, tensor: torch.Tensor, parameter: Any) -> torch.Tensor:
+        # Without the clone, a part may be a view, which keeps the whole tensor in memory.
+        return distribute_tensor(tensor, self.mesh, parameter.placements, src_data_rank=None).clone()
 
-    def share_out(self, work, items, parameter):  # noqa: D102
-        shape = torch.Size((len(items), *parameter.shape))
+    def map_matrices(self, work, matrices, parameter):
+        # The parts may be uneven, so from_local must be told the whole shape and stride. Each rank has some rows of all
+        # matrices, and gets all rows of some matrices: an all-to-all. Another one takes the results back.
+        shape = torch.Size((len(matrices), *parameter.shape))
         layout: Any = {"device_mesh": self.mesh, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
-        some_rows = DTensor.from_local(torch.stack(items), placements=[Shard(1)], **layout)
-        some_matrices = some_rows.redistribute(placements=[Shard(0)])
-        done = DTensor.from_local(work(some_matrices.to_local()), placements=[Shard(0)], **layout)
+        some_rows = DTensor.from_local(torch.stack(matrices), placements=[Shard(1)], **layout)
+        whole = some_rows.redistribute(placements=[Shard(0)])
+        done = DTensor.from_local(work(whole.to_local()), placements=[Shard(0)], **layout)
         return done.redistribute(placements=[Shard(1)]).to_local()
 
-    def weights(self, model: nn.Module) -> dict[str, Any]:  # noqa: D102
+    def full_state_dict(self, model: nn.Module) -> dict[str, Any]:
         copies = {parameter: self._to_rank_0(parameter) for parameter in model.parameters()}  # a tied matrix once
         return {name: copies[tensor] for name, tensor in model.state_dict(keep_vars=True).items()}
 
-    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:  # noqa: D102
+    def full_optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         saved = optimizer.state_dict()
         state = saved["state"].items()
         return saved | {"state": {i: {key: self._to_rank_0(t) for key, t in own.items()} for i, own in state}}

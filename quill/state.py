@@ -20,7 +20,7 @@ from quill.errors import UserError, check
 from quill.machine import Machine
 from quill.optimizer import make_optimizers
 from quill.options import Options, TrainConfig
-from quill.parallel import Parallel, Replicated
+from quill.parallel import DDP, Strategy
 from quill.run_folder import what_is_kept
 from quill.schema import check_moments
 
@@ -71,20 +71,20 @@ class TrainState:
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         if saved is not None and config.init_from == "resume":
             self.load_state_dict(saved)
-        self.parallel = pick_parallel(config, machine)
+        self.strategy = pick_strategy(config, machine)
         for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
-            self.parallel.place(model)
+            self.strategy.prepare(model)
 
     def add_optimizers(self, saved: Checkpoint | None = None) -> None:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
-        self.optimizers = make_optimizers(self.model, self.config, self.parallel)
+        self.optimizers = make_optimizers(self.model, self.config, self.strategy)
         self.parameters = list(self.model.parameters())  # listed once: at every step, it would take time
         if saved is None or self.config.init_from != "resume":
             return
         optimizers = [optimizer for optimizer, _ in self.optimizers]
         check_moments(optimizers, saved["optimizers"], self.progress.step, self.config.out_dir)
         for optimizer, moments in zip(optimizers, saved["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, moments, self.parallel)
+            checkpoint.load_optimizer(optimizer, moments, self.strategy)
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -94,14 +94,14 @@ class TrainState:
         return self.model if self.ema is None else self.ema.module
 
     def model_to_sample(self) -> GPT:
-        """Return the model of evaluations; if it is sharded, a whole copy on rank 0. Every rank calls this."""
-        if not self.parallel.is_sharded:
+        """Return the model of evaluations; if it is sharded, a whole copy in rank 0's memory. Every rank calls this."""
+        if not self.strategy.is_sharded:
             return self.eval_model
-        weights = self.parallel.weights(self.eval_model)
+        weights = self.strategy.full_state_dict(self.eval_model)
         if self.machine.group.rank > 0:
             return self.eval_model  # which these ranks do not use
         saved = {"config": asdict(self.config), "vocab_size": self.model.vocab_size, "model": weights, "ema": None}
-        return cpu.for_sampling(checkpoint.load_model(saved), self.machine)
+        return cpu.speed_up(checkpoint.load_model(saved).to(self.machine.device))
 
     def state_dict(self) -> Checkpoint:
         """Return the content of a checkpoint, without its format number. Every rank calls this, and rank 0 has it."""
@@ -110,9 +110,9 @@ class TrainState:
             "flags": self.flags,
             "vocab_size": self.model.vocab_size,
             "tokenizer": self.tokenizer.to_json(),
-            "model": self.parallel.weights(self.model),
-            "ema": None if self.ema is None else self.parallel.weights(self.ema.module),
-            "optimizers": [self.parallel.moments(optimizer) for optimizer, _ in self.optimizers],
+            "model": self.strategy.full_state_dict(self.model),
+            "ema": None if self.ema is None else self.strategy.full_state_dict(self.ema.module),
+            "optimizers": [self.strategy.full_optimizer_state_dict(optimizer) for optimizer, _ in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "data_order": self.data_order,
             "threads": torch.get_num_threads() if self.machine.device.type == "cpu" else None,
@@ -163,15 +163,15 @@ class TrainState:
         return 0 < self.config.patience <= self.progress.evals_since_best
 
 
-def pick_parallel(config: TrainConfig, machine: Machine) -> Parallel:
+def pick_strategy(config: TrainConfig, machine: Machine) -> Strategy:
     """Return how the machine's ranks train the model."""
     if machine.group.world_size == 1:
         if config.shard:
             note("note: --shard=True does nothing for one process; torchrun starts several")
-        return Parallel(machine)
+        return Strategy(machine)
     if not config.shard:
-        return Replicated(machine)
+        return DDP(machine)
     check(machine.dtype != torch.float16, "--shard=True does not work with float16; use --dtype=float32 or bfloat16")
-    from quill.sharded import Sharded  # here, because torch's DTensor takes half a second to import
+    from quill.sharded import FSDP  # here, because torch's DTensor takes half a second to import
 
-    return Sharded(machine)
+    return FSDP(machine)

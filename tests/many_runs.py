@@ -30,7 +30,7 @@ class Watched(train.TrainState):
         tensors = [*self.parameters, *(parameter.grad for parameter in self.parameters)]
         for optimizer, _ in self.optimizers:
             tensors += [t for moments in optimizer.state.values() for t in moments.values() if t.dim()]
-        storages = [self.parallel.local(tensor).untyped_storage() for tensor in tensors]
+        storages = [self.strategy.to_local(tensor).untyped_storage() for tensor in tensors]
         held[-1] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # some are shared
 
 

@@ -16,7 +16,7 @@ from quill.distributed import AgreedError, ErrorElsewhere, ProcessGroup, meet
 from quill.errors import UserError
 from quill.machine import Machine
 from quill.optimizer import BatchedMuon
-from quill.parallel import Parallel, Replicated
+from quill.parallel import DDP, Strategy
 
 
 def fail(words):
@@ -34,7 +34,7 @@ def test_alone(monkeypatch):
         with pytest.raises(UserError, match="no disk"):
             group.on_rank_0(fail, "no disk")
     model = torch.nn.Linear(2, 2)
-    assert Parallel(on_cpu(group)).wrap(model) is model
+    assert Strategy(on_cpu(group)).wrap(model) is model
 
 
 def on_cpu(group):
@@ -66,28 +66,28 @@ def work(rank, port, results):
             group.refuse_differences({})
         with pytest.raises(TypeError if rank == 1 else ErrorElsewhere):  # a bug of quill's
             group.on_all_ranks(len if rank == 1 else str, 3)
-        parallel = Replicated(on_cpu(group))
-        model = parallel.wrap(torch.nn.Linear(1, 1, bias=False))
+        strategy = DDP(on_cpu(group))
+        model = strategy.wrap(torch.nn.Linear(1, 1, bias=False))
         model(torch.tensor([[rank + 1.0]])).sum().backward()  # gradients 1 and 2: their mean is 1.5
         seen += [isinstance(model, DistributedDataParallel), next(model.parameters()).grad.item()]
         seen += [
-            share_out_tokens(parallel),
-            muon_after_3_steps(parallel) == muon_after_3_steps(Parallel(on_cpu(group))),
+            share_out_tokens(strategy),
+            muon_after_3_steps(strategy) == muon_after_3_steps(Strategy(on_cpu(group))),
         ]
     results.put(seen)
 
 
-def share_out_tokens(parallel):
+def share_out_tokens(strategy):
     """Seven matrices among two ranks, and one, of which the second rank has none: which rank has computed each."""
-    work = lambda part: part + parallel.group.rank  # noqa: E731
-    return [parallel.share_out(work, [torch.zeros(1, 1)] * n, torch.zeros(1, 1)).flatten().tolist() for n in (7, 1)]
+    work = lambda part: part + strategy.group.rank  # noqa: E731
+    return [strategy.map_matrices(work, [torch.zeros(1, 1)] * n, torch.zeros(1, 1)).flatten().tolist() for n in (7, 1)]
 
 
-def muon_after_3_steps(parallel):
+def muon_after_3_steps(strategy):
     """Five matrices of one shape, and two of others. → their values"""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in [(16, 24)] * 5 + [(24, 16), (8, 8)]]
-    muon = BatchedMuon(parameters, 0.02, parallel)
+    muon = BatchedMuon(parameters, 0.02, strategy)
     for _ in range(3):
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape)

@@ -13,9 +13,9 @@ from quill import checkpoint
 from quill.machine import pick_machine
 from quill.optimizer import AdamW, BatchedMuon, learning_rate, make_optimizers, orthogonalize
 from quill.options import TrainConfig
-from quill.parallel import Parallel
+from quill.parallel import Strategy
 
-ALONE = Parallel(pick_machine(TrainConfig(device="cpu")))
+ALONE = Strategy(pick_machine(TrainConfig(device="cpu")))
 
 
 def test_schedules_by_formula():
@@ -99,11 +99,11 @@ def test_optimizers_do_not_import_the_compiler():
         from quill.machine import pick_machine
         from quill.optimizer import make_optimizers
         from quill.options import TrainConfig
-        from quill.parallel import Parallel
+        from quill.parallel import Strategy
         config = TrainConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, optimizer="muon")
         model = GPT(config, 5)
         model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
-        optimizers = [optimizer for optimizer, _ in make_optimizers(model, config, Parallel(pick_machine(config)))]
+        optimizers = [optimizer for optimizer, _ in make_optimizers(model, config, Strategy(pick_machine(config)))]
         for optimizer in optimizers:
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())

@@ -100,7 +100,7 @@ def run_command(command, monkeypatch):
 @pytest.mark.parametrize(
     "page, count, leaves",
     [
-        ("README.md", 22, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
+        ("README.md", 23, {"names_muon", "names_ranks", "shakespeare_char_cpu", "mine", "tuned", "bench"}),
         ("docs/tour.md", 29, {"ladder", "question", "bench"}),
         ("docs/interop.md", 13, {"mine", "articles", "names", "names_last", "names_again", "names_tuned"}),
         ("CONTRIBUTING.md", 6, {"try", "bench"}),

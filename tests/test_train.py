@@ -560,7 +560,7 @@ def test_samples_at_evaluations_and_at_the_end(flags, capsys):
 
 def test_a_compiler_that_fails_is_one_line_and_training_goes_on(flags, monkeypatch, capsys):
     def compiler(model):
-        def fails(x, y):
+        def fails(*batch):
             raise RuntimeError("no compiler here\nand a long story")
 
         return fails
