@@ -71,4 +71,5 @@ class FSDP(Strategy):
         if not isinstance(tensor, DTensor):
             return tensor
         whole: Any = tensor.full_tensor().detach()
-        return whole.cpu() if self.group.rank == 0 else None
+        # A copy: with uneven parts, the whole tensor is a view of a larger one, which would be saved with it.
+        return whole.to("cpu", copy=True) if self.group.rank == 0 else None
