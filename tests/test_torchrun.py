@@ -111,7 +111,8 @@ def test_a_node_joins_late(flags, tmp_path, killed):
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_lost_node(flags, tmp_path, lost):
     """torchrun and its process are killed on a node. The other node goes on alone, until the lost one is back."""
-    options = {"eval_interval": 5, "log_interval": 1, "dataset": "words"}
+    # At a lower rate, Adam does not amplify how other numbers of ranks round their sums.
+    options = {"eval_interval": 5, "log_interval": 1, "dataset": "words", "learning_rate": 1e-3, "min_lr": 1e-4}
     assert train.main(flags(**options, out_dir=tmp_path / "whole")) == 0
     port, conf = free_port(), "last_call_timeout=3"
     with ExitStack() as stack:
