@@ -6,10 +6,12 @@ import signal
 import pytest
 import torch
 
+from model import GPT
+from quill import cpu
 from quill import machine as module
 from quill.distributed import ProcessGroup
 from quill.errors import UserError
-from quill.machine import Machine, StopSignals, memory_limits, pick_machine
+from quill.machine import Machine, StopSignals, checkpoint_activations, memory_limits, pick_machine
 from quill.options import SampleConfig, TrainConfig
 
 CPU = torch.device("cpu")
@@ -179,3 +181,25 @@ def test_compile_falls_back_to_the_model(monkeypatch, capsys):
     assert capsys.readouterr().err == "note: torch.compile failed (no compiler here); training continues uncompiled\n"
     assert module.compile_model(model, *batch, "auto", machine) is model  # auto is for CUDA
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_no_gradient(dropout, dtype):
+    """Bit for bit, because the random numbers of dropout are drawn again as they were."""
+    config = TrainConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, dropout=dropout, position="rope")
+    model = cpu.speed_up(GPT(config, 11))
+    idx = torch.randint(11, (4, 16))
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model(idx, idx)[1].backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected, calls = gradients(), []
+    model.transformer.h[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_activations(model)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(), expected, strict=True))
+    assert len(calls) == 2  # forward, and again in the backward pass
