@@ -72,7 +72,7 @@ def ngram_vectors(idx, n, table, start=0):
     """
     row, vectors = idx, []
     for back in range(1, n):
-        earlier = F.pad(idx, (back, 0))[:, :-back]  # token 0 stands before the first
+        earlier = F.pad(idx, (back, 0))[:, :-back]  # token 0 comes before the first
         row = (row * 1_000_003 + earlier) % len(table)
         vectors.append(F.embedding(row[:, start:], table))
     return torch.cat(vectors, dim=-1)

@@ -226,12 +226,11 @@ def give_up_unreachable_nodes() -> None:
     for descriptor in Path("/proc/self/fd").glob("*"):  # gloo does not say which are its own
         number = int(descriptor.name)
         with suppress(OSError):
-            if not stat.S_ISSOCK(os.fstat(number).st_mode):
-                continue
-        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in (seconds | {"TCP_USER_TIMEOUT": UNREACHABLE * 1000}).items():
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                with socket.socket(fileno=os.dup(number)) as connection:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for name, value in (seconds | {"TCP_USER_TIMEOUT": UNREACHABLE * 1000}).items():
+                        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:

@@ -245,10 +245,8 @@ class TrainConfig(SystemConfig, PlanConfig, OptimizerConfig, RunConfig, ModelCon
     def _check_group(self) -> None:
         check(self.dtype != "int8", "--dtype=int8 is for sample.py; train with --dtype=auto")
         for name in ("page", "tensorboard"):
-            if self.shard and getattr(self, name):
-                raise UserError(
-                    f"--shard=True does not work with --{name}=True, which needs all weights on one process"
-                )
+            problem = f"--shard=True does not work with --{name}=True, which needs all weights on one process"
+            check(not (self.shard and getattr(self, name)), problem)
         check(not self.gpus or self.dtype != "float32", "--dtype=float32: a plan is for bfloat16; leave --dtype out")
 
     def evaluates_after(self, step: int) -> bool:

@@ -20,7 +20,7 @@ from quill.machine import Machine
 class Strategy:
     """What depends on the number of ranks. This class is for one process; the subclasses are for several ranks.
 
-    Every rank calls each method, because most of them have collectives.
+    Every rank calls each method: some of them wait for all ranks.
     """
 
     is_sharded = False

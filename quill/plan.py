@@ -96,6 +96,7 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
     columns = f"{'rows that fit':>18}{'GB a step':>14}{f'GB/s at {TYPICAL:.0%} MFU':>20}"
     yield f"{f'with {micro:,} row' + 's' * (micro > 1):>25}{columns}"
     best, ways = (inf, "", 0), ways_to_train(model, config)
+    given = {"--shard": config.shard and gpus > 1, "--activation_checkpointing": config.activation_checkpointing}
     alone = [ways[0], ways[0]._replace(flags="--activation_checkpointing=True", row=ways[-1].row)]
     for flags, fixed, row, sent in ways if gpus > 1 else alone:
         most = max(0, int((usable - fixed) // row))
@@ -104,8 +105,8 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
         a_step = sent * (gpus - 1) / gpus * (micro_batches if flags else 1) / 1e9
         # DDP sends during the backward pass of a step's last micro-batch, which is two thirds of its time.
         needed = a_step * TYPICAL / seconds * (1 if flags else 1.5 * micro_batches)
-        asked = flags.count("=") >= (min(2, gpus) if config.activation_checkpointing else config.shard and gpus > 1)
-        # Take the first way whose traffic the network carries. If there is none, a later way must halve the traffic.
+        asked = all(flag in flags for flag, is_given in given.items() if is_given)
+        # Take the first way whose bytes the network can send in time. If there is none, a later way must halve them.
         if size and asked and best[0] > config.gpu_network and (needed <= config.gpu_network or needed < best[0] / 2):
             best = (needed, flags, size)
         name = flags or "everything on each GPU" + " (DDP)" * (gpus > 1)

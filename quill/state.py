@@ -93,9 +93,9 @@ class TrainState:
         """The weights that evaluations and samples use: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def model_to_sample(self) -> GPT:
-        """Return the model of evaluations; if it is sharded, a whole copy in rank 0's memory. Every rank calls this."""
-        if not self.strategy.is_sharded:
+    def model_to_sample(self, count: int) -> GPT:
+        """Return the model to draw `count` samples with; if sharded, a whole copy on rank 0. Every rank calls this."""
+        if not (count and self.strategy.is_sharded):
             return self.eval_model
         weights = self.strategy.full_state_dict(self.eval_model)
         if self.machine.group.rank > 0:

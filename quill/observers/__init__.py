@@ -4,6 +4,7 @@ The training loop calls `Observers`, which measures the speed and calls each obs
 TensorBoard with --tensorboard=True, and the files of the page with --page=True. Ranks other than 0 have no observers.
 """
 
+from functools import cached_property
 from statistics import fmean
 
 from quill.data.batches import Batches
@@ -58,6 +59,12 @@ class Observers:
         """The speed of training since the last evaluation, without the time of evaluations."""
         return self.tokens / max(self.busy, 1e-9)
 
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """The mean length of the tokens that are evaluated. Counted at the first evaluation, not at the start."""
+        rows = self.config.eval_iters * self.config.batch_size or None
+        return self.val_batches.bytes_per_token(self.state.tokenizer.token_bytes(), rows)
+
     def before_step(self, stop: StopSignals) -> None:
         """Report that a training step is next. This returns when no observer waits any longer."""
         self.tell("before_step", stop)
@@ -76,12 +83,11 @@ class Observers:
 
     def evaluated(self, val_loss: float) -> None:
         """Report an evaluation, with the samples that observers show. Every rank calls this."""
-        model = self._model_to_sample(self.config.eval_samples)
+        model = self.state.model_to_sample(self.config.eval_samples)
         self.machine.group.on_rank_0(self._report, val_loss, model)
 
     def _report(self, val_loss, model):
-        progress, rows = self.state.progress, self.config.eval_iters * self.config.batch_size or None
-        n_bytes = self.val_batches.bytes_per_token(self.state.tokenizer.token_bytes(), rows)
+        progress = self.state.progress
         evaluation = Evaluation(
             step=progress.step,
             lr=learning_rate(progress.step - 1, self.config),
@@ -89,7 +95,7 @@ class Observers:
             val_loss=val_loss,
             tokens_per_s=self.tokens_per_s,
             seconds=progress.seconds,
-            bits_per_byte=bits_per_byte(val_loss, n_bytes),
+            bits_per_byte=bits_per_byte(val_loss, self.bytes_per_token),
         )
         self.tokens, self.busy = 0, 0.0
         self.tell("evaluated", evaluation)
@@ -97,14 +103,11 @@ class Observers:
 
     def finished(self) -> None:
         """Report the end of the run, with its final samples. Every rank calls this."""
-        model = self._model_to_sample(self.config.final_samples)
+        model = self.state.model_to_sample(self.config.final_samples)
         if self.observers:
             if self.config.final_samples:
                 self.say(f"{self.config.final_samples} samples:")
             self.tell("finished", self.state.progress.best_val_loss, self._draw(model, self.config.final_samples))
-
-    def _model_to_sample(self, count):
-        return self.state.model_to_sample() if count else self.state.eval_model
 
     def _draw(self, model, count):
         state, step = self.state, self.state.progress.step
