@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quill.errors import UserError, check
-from quill.options import NANOGPT_OPTIONS, Checked
+from quill.options import NANOGPT_NOTICES, NANOGPT_VALUES, Checked
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 
@@ -112,8 +112,7 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
     `--help` prints `doc` and the options, and exits with code 0. Raise a UserError for an unknown key or a wrong type.
     """
     positional, flags, types_ = [], {}, option_types(schema)
-    # nanoGPT's keys are read last: `decay_lr = False` turns the warm-up off even where --warmup_iters follows it.
-    argv = sorted(argv, key=lambda arg: arg.lstrip("-").partition("=")[0] in NANOGPT_OPTIONS.get(schema, {}))
+    replaced: dict[str, Any] = {}  # by nanoGPT's keys: `--decay_lr=False` turns off the warm-up of any --warmup_iters
     for arg in argv:
         if arg in ("-h", "--help"):
             print(help_text(schema, doc or ""))
@@ -130,8 +129,8 @@ def read_args(argv: list[str], schema: type[Checked], doc: str | None) -> tuple[
             text = "True"
         if equals and not text and types_.get(key) in (int, float):
             continue
-        flags.update(resolve_option(key, text, schema, f"{arg}: "))
-    return positional, flags
+        (flags if key in types_ else replaced).update(resolve_option(key, text, schema, f"{arg}: "))
+    return positional, flags | replaced
 
 
 def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Pat
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {_as_text(error)}") from None
-    values, lines, readers = {}, _line_numbers(path), (*readers, path.resolve())
+    values, replaced, lines, readers = {}, {}, _line_numbers(path), (*readers, path.resolve())
     if (base := names.pop("base", None)) is not None:
         where = f"{path}, line {lines.get('base', '?')}: base"
         if not isinstance(base, str) or not (path.parent / base).is_file():
@@ -160,10 +159,11 @@ def read_config_file(path: str | Path, schema: type[Checked], readers: tuple[Pat
         if (path.parent / base).resolve() in readers or len(readers) > 20:
             raise UserError(f"{where} = {base} leads back to {base}, or to more than 20 files")
         values = read_config_file(path.parent / base, schema, readers)
-    for key, value in sorted(names.items(), key=lambda item: item[0] in NANOGPT_OPTIONS.get(schema, {})):
+    for key, value in names.items():
         if not (key.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
-            values.update(resolve_option(key, value, schema, f"{path}, line {lines.get(key, '?')}: "))
-    return values
+            options = resolve_option(key, value, schema, f"{path}, line {lines.get(key, '?')}: ")
+            (values if key in options else replaced).update(options)
+    return values | replaced
 
 
 def _as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
@@ -192,10 +192,11 @@ def resolve_option(key: str, value: Any, schema: type[Checked], where: str) -> d
     types_ = option_types(schema)
     if key in types_:
         return {key: coerce(value, types_[key], where, key)}
-    notice, accepted = NANOGPT_OPTIONS.get(schema, {}).get(key, ("", {}))
+    notice, accepted = NANOGPT_NOTICES.get(schema, {}).get(key), NANOGPT_VALUES.get(key, {})
     check(notice, f"{where}there is no option {key}{did_you_mean(key, types_)}")
-    value = coerce(value, bool, where, key) if True in accepted else value
-    check(not accepted or value in accepted, f"{where}{key}: {notice}")
+    if accepted:
+        value = coerce(value, bool if True in accepted else str, where, key)
+        check(value in accepted, f"{where}{key}: {notice}")
     note(f"note: {key}: {notice}")
     return accepted[value] if accepted else {}
 
@@ -209,16 +210,14 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     if not isinstance(value, (str, int, float, types.NoneType)):
         raise UserError(f"{where}{key} takes a number, a text in quotes, True or False, not {_as_text(value, repr)}")
     is_literal = typing.get_origin(kind) is typing.Literal
-    first, *others = (kind,) if is_literal else typing.get_args(kind) or (kind,)  # such as int | Literal["auto"]
-    for part in (first, *others):
+    parts = (kind,) if is_literal else typing.get_args(kind) or (kind,)  # such as int | Literal["auto"]
+    for part in parts:
         with suppress(ValueError, OverflowError):
             return _convert(value, part)
-    if is_literal:
-        names = [str(choice) for choice in typing.get_args(kind)]
-        raise UserError(f"{where}{key} is one of {', '.join(names)}, not {value!r}{did_you_mean(str(value), names)}")
-    wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes"}[first]
-    words = [word for part in others for word in typing.get_args(part)]  # NoneType has none
-    raise UserError(f"{where}{key} takes {wanted}, not {value!r}" + f"; or {' or '.join(words)}" * bool(words))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes"}
+    choices = [str(choice) for part in parts for choice in typing.get_args(part)]  # of Literals; NoneType has none
+    wanted = [*(names[part] for part in parts if part in names), *choices]
+    raise UserError(f"{where}{key} takes {' or '.join(wanted)}, not {value!r}{did_you_mean(str(value), choices)}")
 
 
 def _convert(value, kind):
@@ -264,11 +263,8 @@ def list_configs() -> str:
     """Return one line for each config that ships with quill: its path and the first line of its docstring."""
     rows = []
     for path in config_files():
-        try:
-            doc = ast.get_docstring(ast.parse(path.read_bytes())) or ""
-        except (SyntaxError, UnicodeDecodeError) as error:
-            doc = f"({type(error).__name__})"
-        rows.append((str(path.relative_to(CONFIG_DIR.parent)), doc.partition("\n")[0]))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            rows.append((str(path.relative_to(CONFIG_DIR.parent)), file.readline().strip('"\n')))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:{width}}  {doc}" for name, doc in rows)
 

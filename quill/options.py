@@ -342,22 +342,23 @@ class BenchConfig(SystemConfig, heading="Benchmarks"):
     out_dir: str = option("out/bench", "folder for the JSON and for the runs of compare and ladder")
 
 
-# Options of nanoGPT that quill does not have. quill prints a notice and continues. If values follow the notice, only
-# these are accepted, and each sets the options that have its effect.
-NANOGPT_OPTIONS: dict[type[Checked], dict[str, tuple[str, dict[Any, Options]]]] = {
+# Options of nanoGPT that quill does not have, and the notices that it prints for them.
+NANOGPT_NOTICES: dict[type[Checked], dict[str, str]] = {
     TrainConfig: {
-        "wandb_log": ("not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard", {}),
-        "wandb_project": ("not used: a run is named by --out_dir", {}),
-        "wandb_run_name": ("not used: a run is named by --out_dir", {}),
-        "always_save_checkpoint": ("not used: every evaluation writes last.pt, and best.pt keeps the best", {}),
-        "backend": ("not used: nccl on CUDA, gloo on CPU", {}),
-        "decay_lr": (
-            "use --schedule: True is cosine, False is constant without warm-up",
-            {True: {"schedule": "cosine"}, False: {"schedule": "constant", "warmup_iters": 0}},
-        ),
+        "wandb_log": "not used: a run's curves are in out_dir/metrics.csv, or see --tensorboard",
+        "wandb_project": "not used: a run is named by --out_dir",
+        "wandb_run_name": "not used: a run is named by --out_dir",
+        "always_save_checkpoint": "not used: every evaluation writes last.pt, and best.pt keeps the best",
+        "backend": "not used: nccl on CUDA, gloo on CPU",
+        "decay_lr": "use --schedule: True is cosine, False is constant without warm-up",
     },
     SampleConfig: {
-        "init_from": ("--out_dir or --ckpt names the checkpoint, or the folder of GPT-2's weights", {"resume": {}}),
-        "compile": ("not used: sampling is uncompiled, with a cache of keys and values", {}),
+        "init_from": "--out_dir or --ckpt names the checkpoint, or the folder of GPT-2's weights",
+        "compile": "not used: sampling is uncompiled, with a cache of keys and values",
     },
+}
+# The values of these options that are accepted, and the options that each sets. The others have no effect.
+NANOGPT_VALUES: dict[str, dict[Any, Options]] = {
+    "decay_lr": {True: {"schedule": "cosine"}, False: {"schedule": "constant", "warmup_iters": 0}},
+    "init_from": {"resume": {}},
 }

@@ -87,7 +87,7 @@ def test_values_of_a_file_keep_their_types(tmp_path):
         (["--n_layer=True"], ["whole number"]),
         (["--learning_rate=fast"], ["learning_rate", "a number"]),
         (["--bias=maybe"], ["bias", "True or False", "maybe"]),
-        (["--norm=layrnorm"], ["norm", "layernorm, rmsnorm, none", "did you mean layernorm?"]),
+        (["--norm=layrnorm"], ["norm takes layernorm or rmsnorm or none", "did you mean layernorm?"]),
         (["--n_layer"], ["--n_layer=12"]),
         (["-n_layer=3"], ["--key=value"]),
     ],
@@ -274,5 +274,5 @@ def test_names_that_no_file_can_have(option, value):
 @pytest.mark.parametrize("value, expected", [("auto", "auto"), ("3", 3), (2, 2)])
 def test_an_option_that_is_a_number_or_a_word(value, expected):
     assert coerce(value, option_types(TrainConfig)["threads"], "", "threads") == expected
-    with pytest.raises(UserError, match="threads takes a whole number, not 'x'; or auto"):
+    with pytest.raises(UserError, match="threads takes a whole number or auto, not 'x'"):
         coerce("x", option_types(TrainConfig)["threads"], "", "threads")

@@ -494,7 +494,7 @@ def test_nothing_is_replaced_without_overwrite(tmp_path):
         ([".", "--to=hf"], "has none of best.pt, last.pt, ckpt.pt"),
         ([".", "--to=quill"], "--out_dir=out/mine"),
         ([".", "--to=quill", "--out_dir=new"], "the folder has no config.json"),
-        (["x", "--to=gguf"], "to is one of hf, quill"),
+        (["x", "--to=gguf"], "to takes hf or quill, not 'gguf'"),
         (["x", "--to=hf", "--out_dir=y"], "--out_dir and --to=hf don't go together"),
         (["x", "--to=quill", "--out_dir=y", "--folder=z"], "--folder and --to=quill don't go together"),
         (["x", "--folder=a\0b"], "must be UTF-8 text"),

@@ -621,7 +621,7 @@ def test_wrong_types_are_refused(page, key):
         ("samples", {"max_new_tokens": 501}, "must be at most 500"),
         ("samples", {"prompt": "ANNA"}, "not in the vocabulary"),
         ("samples", {"seed": -1}, "must be at least 0"),
-        ("control", {"action": "stop"}, "action is one of train, pause, step"),
+        ("control", {"action": "stop"}, "action takes train or pause or step, not 'stop'"),
         ("start", {}, "config"),
         ("start", {"config": "../train.py"}, "no config"),
         ("start", {"config": "config/names.py", "options": {"out_dir": "/tmp/x"}}, "out_dir"),

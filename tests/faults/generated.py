@@ -11,7 +11,7 @@ from bench.measure import as_flags
 from faults.campaign import TINY, Cases, Result, Workplace, why_no_end
 from quill.cli import option_types
 from quill.errors import UserError
-from quill.options import NANOGPT_OPTIONS, PrepareConfig, SampleConfig, TrainConfig
+from quill.options import NANOGPT_NOTICES, PrepareConfig, SampleConfig, TrainConfig
 
 BATCH = 100  # cases that hypothesis generates together
 # Small enough to be done, or too large for any machine: in between, a command may rightly take an hour.
@@ -46,7 +46,7 @@ def generate(batch: int) -> list[tuple[str, list[str], bytes]]:
     def arguments(schema: Any, *more: Any) -> Any:
         keys = [
             key
-            for key in (*option_types(schema), *NANOGPT_OPTIONS.get(schema, {}), "sead", "")
+            for key in (*option_types(schema), *NANOGPT_NOTICES.get(schema, {}), "sead", "")
             if key not in FIXED.split()
         ]
         flag = st.builds(str.format, st.sampled_from(FORMS), st.sampled_from(keys), value)
