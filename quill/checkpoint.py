@@ -92,9 +92,8 @@ def find(out_dir: str | Path) -> Path:
 
 def _read(path):
     """Verify the checksums of the file `path` and unpickle it, tensors and plain values only."""
-    if not path.is_file():
-        hint = "; the folder has no config.json, so name a file in it" if path.is_dir() else ""
-        raise UserError(f"{path}: no such checkpoint{hint}")
+    check(not path.is_dir(), f"{path}: a folder without config.json; name a checkpoint in it, such as last.pt")
+    check(path.is_file(), f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has advice for some files that are no checkpoints
@@ -133,14 +132,12 @@ def weights_to_sample(state: Checkpoint) -> dict[str, torch.Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], strategy: Strategy) -> None:
     """Restore the saved moments, but keep the settings that `optimizer` has, because a resume may change them."""
-    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
-    groups = [own | {"params": theirs["params"]} for own, theirs in pairs]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         i: {key: strategy.shard(t, parameters[i]) if t.shape == parameters[i].shape else t for key, t in own.items()}
         for i, own in saved["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def resolve_start(
@@ -197,7 +194,7 @@ def _resume(from_file, flags, held):
     options: Options = _values(state, {f.name for f in fields(TrainConfig)})
     config = TrainConfig(**(options | given | {"init_from": "resume", "out_dir": out_dir}))
     problem = f"{path} has ema_decay={options['ema_decay']}; a resumed run can't turn averaging on or off"
-    check((config.ema_decay > 0) == (state["ema"] is not None), f"--ema_decay={config.ema_decay}: {problem}")
+    check((config.ema_decay > 0) == (state["ema"] is not None), f"ema_decay={config.ema_decay}: {problem}")
     return config, state["flags"] | flags, state
 
 

@@ -217,7 +217,7 @@ def coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text in quotes"}
     choices = [str(choice) for part in parts for choice in typing.get_args(part)]  # of Literals; NoneType has none
     wanted = [*(names[part] for part in parts if part in names), *choices]
-    raise UserError(f"{where}{key} takes {' or '.join(wanted)}, not {value!r}{did_you_mean(str(value), choices)}")
+    raise UserError(f"{where}{key} takes {' or '.join(wanted)}, not {value!r:.80}{did_you_mean(str(value), choices)}")
 
 
 def _convert(value, kind):

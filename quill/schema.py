@@ -7,7 +7,6 @@ raises a UserError that names the file, the key, what was expected and what was 
 import math
 import re
 import sys
-import typing
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -74,32 +73,30 @@ def check_moments(
     optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]], step: int, path: Path | str
 ) -> None:
     """Raise a UserError if `saved` are not states of `optimizers` after `step` steps, with finite values."""
-    if len(saved) != len(optimizers):
-        raise UserError(f"{path}: damaged: {len(saved)} optimizers, but this run has {len(optimizers)}")
     with _naming(path):
+        check(len(saved) == len(optimizers), f"{len(saved)} optimizers, but this run has {len(optimizers)}")
         for optimizer, state in zip(optimizers, saved, strict=True):
             _check_moments(optimizer, state, step)
 
 
 def _check_options(name, options):
-    """Every option that this quill knows must have its type."""
+    """Every option that this quill knows must have its type; an int will do for a float."""
     types_ = option_types(TrainConfig)
     for key, value in options.items():
-        if key in types_ and not _fits(value, types_[key]):
-            raise UserError(f"{name} has {key}={_short(value)}, which is not {_name(types_[key])}")
+        if key in types_:
+            right = coerce(value, types_[key], f"{name}: ", key)
+            has_type = type(value) is type(right) or (type(value), type(right)) == (int, float)
+            check(has_type, f"{name}: {key} must be {right!r}, not {_short(value)}")
 
 
 def _check_moments(optimizer, saved, step):
     groups, moments = saved.get("param_groups"), saved.get("state")
-    if not isinstance(groups, list) or not isinstance(moments, dict) or len(groups) != len(optimizer.param_groups):
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]  # numbers of parameters
+    are_dicts = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    # Compared as texts, because a damaged file can hold anything, and == of tensors is no bool.
+    if not are_dicts or repr([group.get("params") for group in groups]) != repr(own) or not isinstance(moments, dict):
         raise UserError("an optimizer's groups are not this run's")
-    parameters = {}
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
-        indices = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(indices, list) or len(indices) != len(own["params"]):
-            raise UserError("an optimizer's groups are not this run's")
-        check(all(type(index) is int for index in indices), "an optimizer's groups hold no numbers of parameters")
-        parameters.update(zip(indices, own["params"], strict=True))
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
     names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
     if step and set(moments) != set(parameters):
         found = f"{len(moments)} of {len(parameters)}"
@@ -177,24 +174,6 @@ def _is_options(value):
 def _is_plain_tensor(value):
     plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     return plain and value.is_floating_point() and value.element_size() > 1  # float8 has no arithmetic
-
-
-def _fits(value, kind):
-    """Return whether an option of the type `kind` takes `value` without any conversion but from int to float."""
-    try:
-        converted = type(coerce(value, kind, "", ""))
-    except UserError:
-        return False
-    return converted is type(value) or (converted is float and type(value) is int)
-
-
-def _name(kind):
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, choices))}"
-    if choices:
-        return " or ".join(_name(choice) for choice in choices if choice is not type(None))
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[kind]
 
 
 def _short(value):

@@ -111,14 +111,14 @@ def test_foreign_files(tmp_path):
         torch.save(state(format=1, **change), path)
         refused(path, "damaged")
     torch.save(state(format=1, config=SHAPE | {"n_layer": "x"}), path)
-    refused(path, "config has n_layer='x', which is not a whole number")
+    refused(path, "config: n_layer takes a whole number, not 'x'")
     weights = state()["model"]
     weights["transformer.ln_f.weight"][0] = torch.nan
     torch.save(state(format=1, model=weights), path)
     refused(path, "not finite")
     path.unlink()
     path.mkdir()
-    refused(path, "no such checkpoint")
+    refused(path, "a folder without config.json; name a checkpoint in it")
 
 
 def test_code_is_never_run(tmp_path):

@@ -36,6 +36,8 @@ class Observers:
             self.observers = [MetricsFile(config.out_dir, step), self.console, *board]
             if config.page:
                 self.observers.append(Page(state))
+            if config.init_from == "resume":
+                self.say(f"resumed at step {step}")
 
     def __enter__(self) -> "Observers":
         return self
