@@ -18,17 +18,16 @@ from quill import cpu
 from quill.data.batches import Batches
 from quill.machine import Machine, checkpoint_activations
 from quill.options import TrainConfig
-from quill.schema import SkipInit
+from quill.schema import SkipInit, without_memory
 
 
 def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Batches | None = None) -> str:
     """Return lines with the modules' shapes, FLOPs, memory and, if there are `batches` to train on, their epochs."""
-    with torch.device("meta"), SkipInit():  # shapes without memory, so that a model of any size can be described
-        model = GPT(config, vocab_size)
-    rows, epoch_lines, epochs = config.batch_size * config.gradient_accumulation_steps, [], ""
-    tokens, flops = rows * config.block_size, model.flops_per_token()
+    model = without_memory(config, vocab_size)
+    epoch_lines, epochs = [], ""
+    tokens, flops = config.rows * config.block_size, model.flops_per_token()
     if batches is not None:
-        epoch = batches.rows_per_epoch / rows
+        epoch = batches.rows_per_epoch / config.rows
         in_epoch = batches.rows_per_epoch * config.block_size
         if batches.bos is not None:
             in_epoch = batches.row_starts[-1] - batches.row_starts[0]
@@ -39,7 +38,7 @@ def describe(config: TrainConfig, vocab_size: int, machine: Machine, batches: Ba
         *_module_lines(model, config),
         f"FLOPs a token     {flops:,.0f} to train on, {flops / 3:,.0f} to generate",
         *(_memory_lines(model, config, machine) if not config.gpus else ()),
-        f"a step            {rows:,} rows, {tokens:,.0f} tokens",
+        f"a step            {config.rows:,} rows, {tokens:,.0f} tokens",
         *epoch_lines,
         f"the run           {config.max_iters:,} steps, {epochs}{config.max_iters * tokens:.2e} tokens, "
         f"{config.max_iters * tokens * flops:.2e} FLOPs",
@@ -68,7 +67,7 @@ def _module_lines(model, config):
 def _memory_lines(model, config, machine):
     """Yield the memory of a training step: the sum, then a line for each part of it."""
     parts = state_bytes(model, config)
-    of_a_rank = -(-config.batch_size * config.gradient_accumulation_steps // machine.group.world_size)
+    of_a_rank = -(-config.rows // machine.group.world_size)
     rows, dtype = min(config.batch_size, of_a_rank), str(machine.dtype).removeprefix("torch.")
     kept, added = activation_bytes(config, model.vocab_size, rows, machine)
     parts[f"activations of a micro-batch, {rows:,} × {config.block_size:,} tokens in {dtype}"] = kept

@@ -76,14 +76,9 @@ class ModelConfig(Checked, heading="The model's architecture"):
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
     ngram: int = option(
-        0,
-        "add a vector for the last 2, 3, …, ngram (at most 17) tokens to the embedding; 0: none",
-        at_least=0,
-        at_most=17,
+        0, "add vectors for the last 2, 3, …, ngram tokens to the embedding; 0: none", at_least=0, at_most=17
     )
-    ngram_rows: int = option(
-        16384, "rows of the table of these vectors; n-grams may share a row", at_least=1, below=10**6
-    )
+    ngram_rows: int = option(16384, "rows of these vectors' table; n-grams may share a row", at_least=1, below=10**6)
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
     tie_weights: bool = option(True, "lm_head and the token embedding share one matrix")
@@ -92,16 +87,13 @@ class ModelConfig(Checked, heading="The model's architecture"):
 
     def _check_group(self) -> None:
         check(self.n_embd % self.n_head == 0, f"--n_embd={self.n_embd} is not divisible by --n_head={self.n_head}")
+        head = f"--n_embd={self.n_embd} / --n_head={self.n_head} is {self.n_embd // self.n_head}"
         if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise UserError(
-                f"--position=rope rotates pairs, so the width of a head must be even: --n_embd={self.n_embd} / "
-                f"--n_head={self.n_head} is {self.n_embd // self.n_head}"
-            )
+            raise UserError(f"--position=rope rotates pairs, so the width of a head must be even: {head}")
         check(self.ngram != 1, "--ngram=1: each token has a vector already; give 2 or more, or 0 for none")
-        if self.ngram and self.n_embd % (self.ngram - 1):
-            raise UserError(
-                f"--ngram={self.ngram}: --n_embd={self.n_embd} is not divisible by ngram - 1 = {self.ngram - 1}"
-            )
+        parts = self.ngram - 1  # of the width: one for each length of n-grams
+        if self.ngram and self.n_embd % parts:
+            raise UserError(f"--ngram={self.ngram}: --n_embd={self.n_embd} is not divisible by ngram - 1 = {parts}")
         width, product = self.mlp_ratio * self.n_embd, f"--mlp_ratio={self.mlp_ratio} × --n_embd={self.n_embd}"
         check(width <= 2**31, f"{product} makes the MLP too wide")
         check(width == 0 or width >= 1, f"{product} makes the width of the MLP 0")
@@ -113,9 +105,7 @@ class RunConfig(Checked, heading="The run: where it reads, where it writes, how 
 
     dataset: str = option("openwebtext", "name of the folder in data_dir that holds train.bin and val.bin")
     data_dir: str = option("data", "folder of the prepared datasets")
-    val_split: Literal["val", "train_tail"] = option(
-        "val", "train_tail: train on the first nine tenths of train.bin and evaluate on its last tenth, not on val.bin"
-    )
+    val_split: Literal["val", "train_tail"] = option("val", "train_tail: evaluate on train.bin's last tenth, held out")
     out_dir: str = option("out", "folder for last.pt, best.pt and metrics.csv")
     init_from: str = option(
         "scratch", "scratch | resume (last.pt) | auto (resume if there is one) | a checkpoint or GPT-2 to fine-tune"
@@ -152,14 +142,20 @@ class OptimizerConfig(Checked, heading="Optimizer, batch and learning-rate sched
     )
 
     def _check_group(self) -> None:
-        rows = self.batch_size * self.gradient_accumulation_steps
-        if rows > 2**31 or rows * self.max_iters > 2**62:
-            raise UserError(
-                f"--batch_size={self.batch_size} × --gradient_accumulation_steps={self.gradient_accumulation_steps}: "
-                "too many sequences in a step, or in --max_iters of them"
-            )
+        if self.rows > 2**31 or self.rows * self.max_iters > 2**62:
+            raise UserError(f"{self.rows_as_flags}: too many sequences in a step, or in --max_iters of them")
         if self.schedule != "constant" and self.min_lr > self.learning_rate:
             raise UserError(f"--min_lr={self.min_lr} is above --learning_rate={self.learning_rate}")
+
+    @property
+    def rows(self) -> int:
+        """The number of sequences in an optimizer step, over all ranks."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_as_flags(self) -> str:
+        """How the flags give `rows`, for error messages."""
+        return f"--batch_size={self.batch_size} × --gradient_accumulation_steps={self.gradient_accumulation_steps}"
 
     @property
     def decay_end(self) -> int:
@@ -172,9 +168,7 @@ class ReportConfig(Checked, heading="Evaluation, logging and samples during a ru
     """What a run evaluates, logs and prints during training."""
 
     eval_interval: int = option(2000, "steps between evaluations; each evaluation writes a checkpoint", at_least=1)
-    eval_iters: int = option(
-        0, "maximum number of batches in an evaluation; 0 evaluates the whole validation split", at_least=0
-    )
+    eval_iters: int = option(0, "most batches in an evaluation; 0 evaluates the whole validation split", at_least=0)
     eval_only: bool = option(False, "evaluate, print the loss and stop")
     dry_run: bool = option(False, "describe the model, its memory and the length of an epoch, without training")
     vocab_size: int | None = option(None, "with --dry_run: the number of ids, in place of a dataset", at_least=1)
@@ -183,9 +177,7 @@ class ReportConfig(Checked, heading="Evaluation, logging and samples during a ru
     eval_samples: int = option(0, "samples to print at each evaluation", at_least=0)
     final_samples: int = option(0, "samples to print at the end", at_least=0)
     sample_tokens: int = option(200, "maximum length of these samples, in tokens", at_least=1)
-    sample_temperature: float = option(
-        0.8, "temperature of these samples; 0 always takes the likeliest token", at_least=0
-    )
+    sample_temperature: float = option(0.8, "their temperature; 0 always takes the likeliest token", at_least=0)
     page: bool = option(False, "write what the page of play.py shows to out_dir/page")
     tensorboard: bool = option(False, "write curves, samples, histograms and attention for TensorBoard to out_dir")
 
@@ -203,14 +195,10 @@ class SystemConfig(Checked, heading="The machine"):
 
     device: str = option("auto", "auto | cpu | cuda | cuda:1 | mps")
     threads: int | Literal["auto"] = option(
-        "auto",
-        "CPU threads; auto is OMP_NUM_THREADS, else a resumed run's, else one for each core that is free",
-        at_least=1,
-        below=4097,
+        "auto", "CPU threads; auto: OMP_NUM_THREADS, else a resumed run's, else the free cores", at_least=1, below=4097
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
-        "auto",
-        "number type of matrix products; on a CPU, float16 and int8 are the type of the weights, for sampling only",
+        "auto", "number type of matrix products; on a CPU, float16 and int8 are of the weights, for sampling only"
     )
 
 
@@ -238,9 +226,7 @@ class TrainConfig(SystemConfig, PlanConfig, OptimizerConfig, RunConfig, ModelCon
 
     compile: Literal["auto", True, False] = option("auto", "use torch.compile; auto uses it on CUDA only")
     shard: bool = option(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
-    activation_checkpointing: bool = option(
-        False, "keep only each block's input, and compute the block again in the backward pass"
-    )
+    activation_checkpointing: bool = option(False, "save memory: compute each block again in the backward pass")
 
     def _check_group(self) -> None:
         check(self.dtype != "int8", "--dtype=int8 is for sample.py; train with --dtype=auto")
@@ -264,13 +250,9 @@ class SampleConfig(SystemConfig, heading="Sampling"):
     start: str = option("", "the prompt, or FILE:prompt.txt; empty starts with a new line or a new document")
     num_samples: int = option(10, "number of samples", at_least=1)
     max_new_tokens: int = option(500, "maximum length of a sample, in tokens, without the prompt", at_least=1)
-    temperature: float = option(
-        0.8, "divides the logits; 0 always takes the likeliest token; with --score the default is 1", at_least=0
-    )
+    temperature: float = option(0.8, "divides the logits; 0: the likeliest token; default 1 with --score", at_least=0)
     top_k: int | None = option(200, "draw from the k likeliest tokens; empty draws from all", at_least=1)
-    top_p: float | None = option(
-        None, "draw from the likeliest tokens whose probabilities sum up to this", above=0, at_most=1
-    )
+    top_p: float | None = option(None, "draw from the likeliest tokens with this total probability", above=0, at_most=1)
     seed: int = option(1337, "the same seed gives the same text", at_least=0)
     score: str = option("", "a text, or FILE:text.txt: show how likely each of its tokens is, without sampling")
     trace: str = option("", "a text, or FILE:text.txt: show how the first token after it is drawn, with all numbers")
@@ -286,9 +268,7 @@ class PrepareConfig(Checked, heading="Preparing a text"):
     input: str = option("", "UTF-8 text: a file, a,b or texts/*.txt; for a known corpus, a copy that you already have")
     dataset: str = option("", "name of the folder to write in data_dir")
     data_dir: str = option("data", "folder of the prepared datasets")
-    documents: str = option(
-        "none", "none | lines | blank_lines between documents | jsonl:FIELD, an object on each line"
-    )
+    documents: str = option("none", "none | lines | blank_lines between documents | jsonl:FIELD, an object a line")
     tokenizer: str = option("char", "char | byte | bpe, trained on the text | a tokenizer.json, or a folder with one")
     vocab_size: int = option(
         4096, "with --tokenizer=bpe: number of ids, with <|endoftext|>, if the text is long", at_least=257, below=2**20
@@ -299,9 +279,8 @@ class PrepareConfig(Checked, heading="Preparing a text"):
     def _check_group(self) -> None:
         kind, _, field_name = self.documents.partition(":")
         if self.documents not in ("none", "lines", "blank_lines") and (kind != "jsonl" or not field_name):
-            raise UserError(
-                f"--documents={self.documents}: is one of none, lines, blank_lines, or jsonl:FIELD, as in jsonl:text"
-            )
+            known = "none, lines, blank_lines, or jsonl:FIELD, as in jsonl:text"
+            raise UserError(f"--documents={self.documents}: is one of {known}")
         if self.vocab_size != PrepareConfig.vocab_size and self.tokenizer != "bpe":
             raise UserError(f"--vocab_size={self.vocab_size}: is for --tokenizer=bpe; others have a vocabulary already")
 

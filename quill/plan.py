@@ -17,7 +17,7 @@ from quill.describe import activation_bytes, describe, state_bytes
 from quill.errors import check
 from quill.machine import Machine
 from quill.options import TrainConfig
-from quill.schema import SkipInit
+from quill.schema import without_memory
 
 FREE = 0.1  # of a GPU's memory: 1 to 2 GB for the CUDA context and NCCL's buffers, the rest for fragmentation
 TYPICAL = 0.4  # MFU, model FLOPs utilization (PaLM): the FLOPs of `GPT.flops_per_token` / the GPUs' peak
@@ -76,15 +76,11 @@ def print_dry_run(config: TrainConfig, vocab_size: int, machine: Machine, batche
 
 def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
     """Yield the lines of a plan. Raise a UserError if the GPUs can't take equal parts of a step's rows."""
-    gpus, rows = config.gpus, config.batch_size * config.gradient_accumulation_steps
+    gpus, rows = config.gpus, config.rows
     near = [n for n in divisors(rows) if n < gpus][-1:] + [n for n in divisors(rows) if n > gpus][:1]
-    check(
-        rows % gpus == 0,
-        f"--gpus={gpus} does not divide the {rows:,} rows of a step (--batch_size={config.batch_size} × "
-        f"--gradient_accumulation_steps={config.gradient_accumulation_steps}); use {' or '.join(map(str, near))}",
-    )
-    with torch.device("meta"), SkipInit():
-        model = GPT(config, vocab_size)
+    problem = f"--gpus={gpus} does not divide the {rows:,} rows of a step ({config.rows_as_flags})"
+    check(rows % gpus == 0, f"{problem}; use {' or '.join(map(str, near))}")
+    model = without_memory(config, vocab_size)
     weights, state = 4 * model.num_params(), sum(state_bytes(model, config).values())
     micro, usable = min(config.batch_size, rows // gpus), config.gpu_memory * 1e9 * (1 - FREE)
     seconds = model.flops_per_token() * rows * config.block_size / (gpus * config.gpu_tflops * 1e12)  # a step's at peak
@@ -128,7 +124,7 @@ def plan(config: TrainConfig, vocab_size: int) -> Iterator[str]:
 
 def _time_lines(config, seconds, limit):
     """The time at several MFUs, of which the network allows those up to `limit`. seconds: a step's at the peak."""
-    tokens, days = config.batch_size * config.gradient_accumulation_steps * config.block_size, config.max_iters / 86400
+    tokens, days = config.rows * config.block_size, config.max_iters / 86400
     yield f"{'tokens/s':>25}{'seconds a step':>18}{'days':>20}  MFU: FLOPs a token × tokens/s / the GPUs' peak"
     for mfu in sorted({0.2, 0.3, 0.4, 0.5, min(0.5, round(limit, 2) or limit)}):
         times = f"{tokens * mfu / seconds:>25,.0f}{seconds / mfu:>18,.2f}{days * seconds / mfu:>20,.1f}"

@@ -118,6 +118,12 @@ class SkipInit(TorchFunctionMode):
         return None if is_drawing else func(*args, **(kwargs or {}))
 
 
+def without_memory(config: ModelConfig, vocab_size: int) -> GPT:
+    """Return a model whose weights have shapes, but no values and no memory, so that it may have any size."""
+    with torch.device("meta"), SkipInit():
+        return GPT(config, vocab_size)
+
+
 def _expected_shapes(config, vocab_size, weights):
     """Return the shapes that the model's weights must have, from a model without memory. → {name: shape}"""
     check(isinstance(weights, dict) and all(isinstance(name, str) for name in weights), "model must be weights by name")
@@ -128,8 +134,7 @@ def _expected_shapes(config, vocab_size, weights):
         # Counted first, because a model of very many layers takes long to build even without memory.
         if options.n_layer != len(layers):
             raise UserError(f"config has n_layer={options.n_layer}, but model has the weights of {len(layers)} layers")
-        with torch.device("meta"), SkipInit():
-            model = GPT(options, vocab_size)
+        model = without_memory(options, vocab_size)
     except UserError as error:
         raise UserError(f"config: {error}") from None
     except (RuntimeError, ValueError, OverflowError) as error:

@@ -493,7 +493,7 @@ def test_nothing_is_replaced_without_overwrite(tmp_path):
         (["nowhere", "--to=hf"], "nowhere: no such checkpoint"),
         ([".", "--to=hf"], "has none of best.pt, last.pt, ckpt.pt"),
         ([".", "--to=quill"], "--out_dir=out/mine"),
-        ([".", "--to=quill", "--out_dir=new"], "the folder has no config.json"),
+        ([".", "--to=quill", "--out_dir=new"], "a folder without config.json"),
         (["x", "--to=gguf"], "to takes hf or quill, not 'gguf'"),
         (["x", "--to=hf", "--out_dir=y"], "--out_dir and --to=hf don't go together"),
         (["x", "--to=quill", "--out_dir=y", "--folder=z"], "--folder and --to=quill don't go together"),

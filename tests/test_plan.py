@@ -21,7 +21,7 @@ from quill.errors import UserError
 from quill.machine import Machine, checkpoint_activations
 from quill.options import ModelConfig, TrainConfig
 from quill.plan import divisors, plan, ways_to_train
-from quill.schema import SkipInit
+from quill.schema import without_memory
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 4, "norm": "rmsnorm"}
@@ -47,8 +47,7 @@ def counted_once():
 
 
 def on_meta(config, vocab_size=50257):
-    with torch.device("meta"), SkipInit():
-        return GPT(config, vocab_size)
+    return without_memory(config, vocab_size)
 
 
 def printed(config, vocab_size=50257):

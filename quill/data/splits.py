@@ -8,6 +8,7 @@ import numpy as np
 from quill.cli import note
 from quill.data.batches import DATA_ORDER, Batches
 from quill.data.token_files import Dataset, open_dataset, prepare_if_missing
+from quill.distributed import AgreedError
 from quill.errors import UserError
 from quill.machine import Machine
 from quill.options import TrainConfig
@@ -30,24 +31,18 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
     group.refuse_differences({f"{name}.bin": split["sha256"][:12] for name, split in dataset.meta["splits"].items()})
     if config.val_split == "train_tail":
         dataset = group.on_all_ranks(hold_out_tail, dataset)
-    rows = config.batch_size * config.gradient_accumulation_steps
-    if rows % group.world_size:
-        *most, last = [str(n) for n in range(1, min(rows, 1024) + 1) if rows % n == 0]
-        raise UserError(
-            f"--batch_size={config.batch_size} × --gradient_accumulation_steps={config.gradient_accumulation_steps} "
-            f"= {rows:,} is not divisible by the {group.world_size} processes; "
-            f"it is by {', '.join(most)}{' or ' * bool(most)}{last}"
-        )
-    settings: dict[str, Any] = {"rows": rows, "micro_rows": config.batch_size, "seed": config.seed}
+    if config.rows % group.world_size:
+        *most, last = [str(n) for n in range(1, min(config.rows, 1024) + 1) if config.rows % n == 0]
+        problem = f"{config.rows_as_flags} = {config.rows:,} is not divisible by the {group.world_size} processes"
+        raise AgreedError(f"{problem}; it is by {', '.join(most)}{' or ' * bool(most)}{last}")
+    settings: dict[str, Any] = {"rows": config.rows, "micro_rows": config.batch_size, "seed": config.seed}
     settings |= {"device": machine.device, "data_order": data_order, "rank": group.rank, "world_size": group.world_size}
     bos, batches = dataset.tokenizer.bos, []
     held_out = "val split" if config.val_split == "val" else "held-out tail of the train split"
     for name, tokens in (("train split", dataset.train), (held_out, dataset.val)):
         if bos is None and len(tokens) <= config.block_size:
-            raise UserError(
-                f"the {name} of {config.dataset} has {len(tokens)} tokens, too few for "
-                f"--block_size={config.block_size}: use a smaller one or a longer text"
-            )
+            problem = f"the {name} of {config.dataset} has {len(tokens)} tokens, too few for"
+            raise AgreedError(f"{problem} --block_size={config.block_size}: use a smaller one or a longer text")
         batches.append(Batches(tokens, bos, config.block_size, **settings))
     return Splits(dataset, *batches)
 
@@ -63,8 +58,9 @@ def hold_out_tail(dataset: Dataset) -> Dataset:
     if bos is not None:
         starts = np.flatnonzero(train[cut:] == bos)
         if not len(starts):
-            where = f"the last tenth of {dataset.name}'s train.bin"
-            raise UserError(f"--val_split=train_tail: no document starts in {where}")
+            raise UserError(
+                f"--val_split=train_tail: no document starts in the last tenth of {dataset.name}'s train.bin"
+            )
         cut += int(starts[0])
     return replace(dataset, train=train[:cut], val=train[cut:])
 
