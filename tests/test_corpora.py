@@ -65,7 +65,7 @@ def test_download(server, tmp_path, path, capsys):
     assert found == tmp_path / "tale" / "source.txt"
     assert found.read_bytes() == TEXT
     assert [file.name for file in found.parent.iterdir()] == ["source.txt"]
-    assert capsys.readouterr() == ("", "")  # no progress bar where stderr is no terminal
+    assert capsys.readouterr() == ("", "")
     requests = server.requests
     assert locate(server.corpus, data_dir=tmp_path) == found
     assert server.requests == requests  # it is not downloaded a second time
@@ -75,7 +75,7 @@ def test_download(server, tmp_path, path, capsys):
     "path, reason",
     [
         ("/missing", "HTTP status 404"),
-        ("/truncated", f"{len(TEXT) // 2:,} of {len(TEXT):,} bytes|IncompleteRead"),
+        ("/truncated", "IncompleteRead"),
         ("/wrong", "is not tale: its SHA-256"),
     ],
 )

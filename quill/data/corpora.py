@@ -8,7 +8,7 @@ from pathlib import Path
 from quill.errors import UserError, check
 from quill.files import folder_lock, replacing
 
-CHUNK = 2**20  # bytes read at a time
+LARGEST = 2**25  # bytes that are read: more than any of these texts has
 TIMEOUT = 30  # seconds without a byte after which a download fails
 
 
@@ -70,25 +70,24 @@ def locate(corpus: Corpus, input: str = "", data_dir: str | Path = "data") -> Pa
 
 def verify(path: Path, corpus: Corpus, remedy: str) -> Path:
     """Return `path` if its SHA-256 is that of `corpus`; else raise a UserError that ends with `remedy`."""
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+            data = file.read(LARGEST)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {remedy}") from None
-    check_sha256(digest.hexdigest(), corpus, path, remedy)
+    check_sha256(data, corpus, path, remedy)
     return path
 
 
-def check_sha256(actual: str, corpus: Corpus, what: str | Path, remedy: str) -> None:
-    """Raise a UserError about `what`, with `remedy` at its end, unless `actual` is the SHA-256 of `corpus`."""
-    problem = f"its SHA-256 is {actual[:12]}…, not {corpus.sha256[:12]}…"
-    check(actual == corpus.sha256, f"{what} is not {corpus.name}: {problem}; {remedy}")
+def check_sha256(data: bytes, corpus: Corpus, what: str | Path, remedy: str) -> None:
+    """Raise a UserError about `what`, with `remedy` at its end, unless `data` has the SHA-256 of `corpus`."""
+    digest = hashlib.sha256(data).hexdigest()
+    problem = f"its SHA-256 is {digest[:12]}…, not {corpus.sha256[:12]}…"
+    check(digest == corpus.sha256, f"{what} is not {corpus.name}: {problem}; {remedy}")
 
 
 def download(corpus: Corpus, path: Path) -> Path:
-    """Download `corpus` to `path` and return `path`, with a progress bar if stderr is a terminal.
+    """Download `corpus` to `path` and return `path`.
 
     The file appears only when it is complete and verified. Raise a UserError if the server does not send the text.
     """
@@ -97,23 +96,17 @@ def download(corpus: Corpus, path: Path) -> Path:
     import urllib.error
     import urllib.request
 
-    from tqdm import tqdm
-
     url, by_hand = corpus.url, f"download it by hand, then `python prepare.py {corpus.name} --input=FILE`"
     remedy = f"{by_hand}; `python train.py config/names.py` needs no network"
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            size, title = response.length, f"download {corpus.name}"
-            with tqdm.wrapattr(response, "read", size, desc=title, disable=None) as stream:
-                data = b"".join(iter(lambda: stream.read(CHUNK), b""))
+            data = response.read()
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{url}: HTTP status {error.code} {error.reason}; {remedy}") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}; {remedy}") from None
-    if size is not None and len(data) != size:
-        raise UserError(f"{url}: ended after {len(data):,} of {size:,} bytes; try again, or {remedy}")
-    check_sha256(hashlib.sha256(data).hexdigest(), corpus, f"the download from {url}", remedy)
+    check_sha256(data, corpus, f"the download from {url}", remedy)
     with folder_lock(path.parent, wait=True), replacing(path) as (file,):
         file.write(data)
     return path
