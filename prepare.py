@@ -16,11 +16,12 @@ if __name__ == "__main__":
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quill.cli import did_you_mean, highlight, read_args, run
-from quill.data.corpora import CORPORA, Corpus
+from quill.data.corpora import CORPORA
 from quill.errors import UserError, check
 from quill.options import PrepareConfig
 
@@ -29,19 +30,18 @@ UNITS = {"char": "characters", "byte": "bytes", "bpe": "tokens of byte-level BPE
 LONGEST_WINDOW = 16  # tokens that --show prints
 
 
-def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
-    """Read a command line into options, and the known corpus that it names or None. Raise a UserError for a mistake."""
+def read_options(argv: list[str]) -> PrepareConfig:
+    """Read a command line into options, with those of a known corpus that it names. Raise a UserError for a mistake."""
     names, flags = read_args(argv, PrepareConfig, __doc__)
     config = PrepareConfig(**flags)
     check(len(names) <= 1, f"give one corpus, not {len(names)}: {' '.join(names)}")
     if "show" in flags and (not config.show or flags.keys() - {"show", "dataset", "data_dir"}):
         raise UserError("--show=TEXT takes a text, and no other options than --dataset and --data_dir")
-    if config.show and not names and not config.dataset:
-        raise UserError("--show: name a dataset, as in python prepare.py names --show=emma")
     if not names:
+        check(config.dataset or not config.show, "--show: name a dataset, as in python prepare.py names --show=emma")
         if not config.show:
             check_own_text(config)
-        return config, None
+        return config
     name = names[0]
     if name not in CORPORA:
         hint = f"the known ones are {', '.join(CORPORA)}"
@@ -49,12 +49,12 @@ def read_options(argv: list[str]) -> tuple[PrepareConfig, Corpus | None]:
             hint = f"to prepare that file, `python prepare.py --input={name} --dataset=<a name for it>`"
         raise UserError(f"{name} is not a known corpus; {hint}{did_you_mean(name, CORPORA)}")
     corpus = CORPORA[name]
-    fixed = {"dataset": corpus.name, "tokenizer": PrepareConfig.tokenizer, "documents": corpus.documents, "bins": ""}
+    fixed = {"dataset": name, "tokenizer": PrepareConfig.tokenizer, "documents": corpus.documents, "bins": ""}
     remedy = "leave it out, or prepare the text as your own with --input=FILE --dataset=<a new name>"
     for key, value in fixed.items():
         given = flags.get(key, value)
-        check(given == value, f"--{key}={given}: {corpus.name} has {key}={value}; {remedy}")
-    return config, corpus
+        check(given == value, f"--{key}={given}: {name} has {key}={value}; {remedy}")
+    return replace(config, dataset=name, documents=corpus.documents)
 
 
 def check_own_text(config: PrepareConfig) -> None:
@@ -76,17 +76,16 @@ def check_own_text(config: PrepareConfig) -> None:
 
 def main(argv: list[str]) -> None:
     """Prepare the text that `argv` names and say what was written, or show what a text becomes in a dataset."""
-    config, corpus = read_options(argv)
+    config = read_options(argv)
     from quill.data import token_files  # it imports numpy, which --help does not need
 
-    dataset = corpus.name if corpus else config.dataset
-    folder = Path(config.data_dir) / dataset
+    folder = Path(config.data_dir) / config.dataset
     if config.show:
-        token_files.prepare_if_missing(dataset, config.data_dir)
-        print(*show(token_files.open_dataset(config.data_dir, dataset).tokenizer, config.show), sep="\n")
+        token_files.prepare_if_missing(config.dataset, config.data_dir)
+        print(*show(token_files.open_dataset(config.data_dir, config.dataset).tokenizer, config.show), sep="\n")
         return
-    if corpus:
-        meta = token_files.prepare_corpus(corpus, config.data_dir, config.input)
+    if config.dataset in CORPORA:
+        meta = token_files.prepare_corpus(CORPORA[config.dataset], config.data_dir, config.input)
     elif config.bins:
         meta = token_files.take_over(config.bins, folder, config.tokenizer)
     else:
