@@ -225,16 +225,13 @@ def safetensors() -> Any:
 
 def _read_weights(folder):
     """Read model.safetensors, in one file or several, or pytorch_model.bin. → {name: tensor}"""
-    names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model.bin"))
     path, weights = folder / "model.safetensors", {}
     try:
-        if not names:
-            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-            names = sorted({Path(name).name for name in index["weight_map"].values()})
-        for path in map(folder.joinpath, names):
+        for path in paths:
             is_pickle = path.suffix == ".bin"
             weights |= torch.load(path, "cpu", weights_only=True) if is_pickle else safetensors().load_file(path)
-        if all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
+        if paths and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
             return weights
     except UserError:
         raise

@@ -75,13 +75,10 @@ class TensorBoard(Observer):
         if not isinstance(args.exc_value, OSError):
             self.hook_before(args)
 
-    @torch.no_grad()
     def _keep_gradients(self, optimizer, args, kwargs):
-        """Copy the gradients if an evaluation follows the step. Training deletes its gradients after the step."""
+        """Keep the gradients, without copying them, if an evaluation follows: training lets go of them after the step."""
         if self.config.evaluates_after(self.progress.step + 1):
-            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-            # float16's scaler lets gradients overflow now and then: they have no histogram.
-            self.gradients = {name: g.to("cpu", copy=True) for name, g in gradients.items() if g.isfinite().all()}
+            self.gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
     def logged(self, entry: LogEntry) -> None:
         """Add one point to each curve. TensorBoard sorts by name, so the losses are first."""
@@ -100,7 +97,8 @@ class TensorBoard(Observer):
             for name, parameter in self.model.named_parameters():
                 writer.add_histogram(f"weights/{name}", parameter, step)
             for name, gradient in self.gradients.items():
-                writer.add_histogram(f"weights_grad/{name}", gradient, step)
+                if gradient.isfinite().all():  # float16's scaler lets some overflow now and then
+                    writer.add_histogram(f"weights_grad/{name}", gradient, step)
             self.gradients = {}
             embedding = self.model.transformer.wte.weight.detach()[:MOST_TOKENS].cpu()
             writer.add_image("token_embedding", signed_colors(embedding), step)
