@@ -24,7 +24,7 @@ from quill import checkpoint
 from quill.checkpoint import Checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import DATA_ORDER, Batches, derive_seed
-from quill.data.splits import Splits, note_capped_evaluation, open_splits
+from quill.data.splits import Splits, open_splits
 from quill.distributed import ProcessGroup
 from quill.errors import UserError, check
 from quill.files import folder_lock
@@ -201,7 +201,6 @@ def launch(config: TrainConfig, flags: Options, saved: Checkpoint | None, machin
         machine.group.on_rank_0(print_dry_run, config, vocab_size, machine, data.train_batches)
         return 0
     state = TrainState(config, flags, data.dataset.tokenizer, machine, saved)
-    note_capped_evaluation(config, data.val_batches)
     if config.eval_only:
         loss = evaluate(state.eval_model, data.val_batches, config, machine)
         text = f"step {saved['step'] if saved else 0}: val loss {loss:.4f}, perplexity {perplexity(loss):.3f}"

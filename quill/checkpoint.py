@@ -26,6 +26,7 @@ import torch
 from model import GPT
 from quill.cli import note
 from quill.data.token_files import Dataset
+from quill.distributed import AgreedError
 from quill.errors import UserError, check
 from quill.files import replacing
 from quill.interop import NANOGPT_KEYS, PRETRAINED, find_pretrained, from_nanogpt, read_folder, without_padding
@@ -220,5 +221,5 @@ def match_vocabulary(state: Checkpoint, dataset: Dataset) -> Checkpoint:
         own = f"({tokenizer.vocab_size} ids, {tokenizer.kind})"
         other = f"({state['vocab_size']} ids, {theirs['kind'] if theirs else 'unknown'})"
         problem = f"its vocabulary {own} is not the one that the checkpoint was trained on {other}"
-        raise UserError(f"--dataset={dataset.name}: {problem}")
+        raise AgreedError(f"--dataset={dataset.name}: {problem}")
     return state

@@ -44,7 +44,11 @@ def open_splits(config: TrainConfig, machine: Machine, data_order: int = DATA_OR
             problem = f"the {name} of {config.dataset} has {len(tokens)} tokens, too few for"
             raise AgreedError(f"{problem} --block_size={config.block_size}: use a smaller one or a longer text")
         batches.append(Batches(tokens, bos, config.block_size, **settings))
-    return Splits(dataset, *batches)
+    splits, rows = Splits(dataset, *batches), config.eval_iters * config.batch_size
+    if 0 < rows < splits.val_batches.rows_in_all:
+        covered = f"{rows:,} of {splits.val_batches.rows_in_all:,}"
+        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} rows only")
+    return splits
 
 
 def hold_out_tail(dataset: Dataset) -> Dataset:
@@ -63,11 +67,3 @@ def hold_out_tail(dataset: Dataset) -> Dataset:
             )
         cut += int(starts[0])
     return replace(dataset, train=train[:cut], val=train[cut:])
-
-
-def note_capped_evaluation(config: TrainConfig, batches: Batches) -> None:
-    """Print a note if --eval_iters leaves out a part of the validation split."""
-    rows = config.eval_iters * config.batch_size
-    if 0 < rows < batches.rows_in_all:
-        covered = f"{rows:,} of {batches.rows_in_all:,}"
-        note(f"note: --eval_iters={config.eval_iters} evaluates the first {covered} rows only")

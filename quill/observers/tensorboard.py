@@ -76,7 +76,7 @@ class TensorBoard(Observer):
             self.hook_before(args)
 
     def _keep_gradients(self, optimizer, args, kwargs):
-        """Keep the gradients, without copying them, if an evaluation follows: training lets go of them after the step."""
+        """Keep the gradients of a step that an evaluation follows. No copy: training lets go of them after the step."""
         if self.config.evaluates_after(self.progress.step + 1):
             self.gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
