@@ -3,9 +3,8 @@
     python prepare.py --input=large.txt --dataset=large --tokenizer=byte
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py --dataset=large
 
-With the byte tokenizer the model has 86M parameters. With GPT-2's 50,257 ids it would have 124M. The shape, the batch
-and the learning rate are the defaults, which are nanoGPT's: 12 × 1,024 × 40 = 491,520 tokens an optimizer step,
-whatever the number of GPUs.
+The model has 86M parameters with the byte tokenizer, and 124M with GPT-2's 50,257 ids. Shape, batch and learning rate
+are nanoGPT's defaults: 12 × 1,024 × 40 = 491,520 tokens an optimizer step, on any number of GPUs.
 
 Not measured.
 """

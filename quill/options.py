@@ -198,7 +198,7 @@ class SystemConfig(Checked, heading="The machine"):
         "auto", "CPU threads; auto: OMP_NUM_THREADS, else a resumed run's, else the free cores", at_least=1, below=4097
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
-        "auto", "number type of matrix products; on a CPU, float16 and int8 are of the weights, for sampling only"
+        "auto", "number type of matrix products; on a CPU, float16 and int8 are for the weights, in sampling only"
     )
 
 
@@ -268,7 +268,7 @@ class PrepareConfig(Checked, heading="Preparing a text"):
     input: str = option("", "UTF-8 text: a file, a,b or texts/*.txt; for a known corpus, a copy that you already have")
     dataset: str = option("", "name of the folder to write in data_dir")
     data_dir: str = option("data", "folder of the prepared datasets")
-    documents: str = option("none", "none | lines | blank_lines between documents | jsonl:FIELD, an object a line")
+    documents: str = option("none", "none | lines | blank_lines between documents | jsonl:FIELD, one object a line")
     tokenizer: str = option("char", "char | byte | bpe, trained on the text | a tokenizer.json, or a folder with one")
     vocab_size: int = option(
         4096, "with --tokenizer=bpe: number of ids, with <|endoftext|>, if the text is long", at_least=257, below=2**20
