@@ -49,10 +49,9 @@ class Checked:
 
 
 def _check_range(name: str, value: float, limits: dict[str, float]) -> None:
-    if not -1e300 < value < 1e300:  # false for nan too; an int may be too large to become a float
-        raise UserError(f"--{name}={str(value)[:30]}: must be a finite number below 1e300")
-    if isinstance(value, int) and value >= 2**63 and name != "seed":
-        raise UserError(f"--{name}={str(value)[:30]}: must be a finite number below 2**63")
+    largest = 1e300 if isinstance(value, float) or name == "seed" else 2**63
+    problem = f"--{name}={str(value)[:30]}: must be a finite number below {largest:.3g}"
+    check(-largest < value < largest, problem)  # false for nan too
     for key, limit in limits.items():
         check(LIMITS[key](value, limit), f"--{name}={value}: must be {key.replace('_', ' ')} {limit}")
 

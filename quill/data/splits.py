@@ -9,7 +9,7 @@ from quill.cli import note
 from quill.data.batches import DATA_ORDER, Batches
 from quill.data.token_files import Dataset, open_dataset, prepare_if_missing
 from quill.distributed import AgreedError
-from quill.errors import UserError
+from quill.errors import check
 from quill.machine import Machine
 from quill.options import TrainConfig
 
@@ -61,9 +61,6 @@ def hold_out_tail(dataset: Dataset) -> Dataset:
     cut = len(train) - len(train) // 10
     if bos is not None:
         starts = np.flatnonzero(train[cut:] == bos)
-        if not len(starts):
-            raise UserError(
-                f"--val_split=train_tail: no document starts in the last tenth of {dataset.name}'s train.bin"
-            )
+        check(len(starts), f"--val_split=train_tail: no document starts in the last tenth of {dataset.name}/train.bin")
         cut += int(starts[0])
     return replace(dataset, train=train[:cut], val=train[cut:])
