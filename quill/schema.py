@@ -80,13 +80,14 @@ def check_moments(
 
 
 def _check_options(name, options):
-    """Every option that this quill knows must have its type; an int will do for a float."""
+    """Every option that this quill knows must have its type. An int becomes the float that an option takes."""
     types_ = option_types(TrainConfig)
     for key, value in options.items():
         if key in types_:
             right = coerce(value, types_[key], f"{name}: ", key)
             has_type = type(value) is type(right) or (type(value), type(right)) == (int, float)
             check(has_type, f"{name}: {key} must be {right!r}, not {_short(value)}")
+            options[key] = right
 
 
 def _check_moments(optimizer, saved, step):

@@ -143,6 +143,11 @@ def test_the_average_and_muons_moments_are_checked(edited):
         train.main(edited(edit, overwrite=True, **options))
 
 
+def test_an_int_becomes_the_float_that_an_option_takes(edited, tmp_path):
+    assert train.main(edited(put("config", "beta2", value=0))) == 0
+    assert type(checkpoint.load(tmp_path / "run" / "last.pt")["config"]["beta2"]) is float
+
+
 def test_an_older_or_unknown_key_is_no_damage(edited, tmp_path):
     """Format 1 lacks two keys; an option that this quill does not know has no effect."""
 

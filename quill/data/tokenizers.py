@@ -193,7 +193,7 @@ def from_json(values: Any) -> Tokenizer:
     values = values if isinstance(values, dict) else {}
     kind, is_documents, bos_is_newline = values.get("kind"), values.get("documents"), values.get("bos_is_newline", True)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"tokenizer kind {kind!r} is not known here; the kinds are {', '.join(KINDS)}")
+        raise UserError(f"tokenizer kind {kind!r:.80} is not known here; the kinds are {', '.join(KINDS)}")
     has_data = kind != "char" or isinstance(values.get("chars"), str)
     if isinstance(is_documents, bool) and isinstance(bos_is_newline, bool) and has_data:
         tokenizer = make(values, is_documents, bos_is_newline)
