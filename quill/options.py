@@ -65,19 +65,15 @@ class ModelConfig(Checked, heading="The model's architecture"):
     n_head: int = option(12, "attention heads in each block", at_least=1)
     n_embd: int = option(768, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
-    attention_dropout: float | None = option(
-        None, "dropout on attention weights; empty means the same as --dropout", at_least=0, below=1
-    )
+    attention_dropout: float | None = option(None, "dropout on attention weights; empty: as above", at_least=0, below=1)
     bias: bool = option(False, "use biases in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
     norm_embedding: bool = option(False, "normalise the embeddings too, before the first block")
     norm_final: bool = option(True, "normalise before lm_head")
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
-    ngram: int = option(
-        0, "add vectors for the last 2, 3, …, ngram tokens to the embedding; 0: none", at_least=0, at_most=17
-    )
-    ngram_rows: int = option(16384, "rows of these vectors' table; n-grams may share a row", at_least=1, below=10**6)
+    ngram: int = option(0, "embed n-grams of 2 to this many tokens too, 17 at most; 0: none", at_least=0, at_most=17)
+    ngram_rows: int = option(16384, "rows of the n-grams' table; n-grams may share a row", at_least=1, below=10**6)
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
     tie_weights: bool = option(True, "lm_head and the token embedding share one matrix")
@@ -106,9 +102,7 @@ class RunConfig(Checked, heading="The run: where it reads, where it writes, how 
     data_dir: str = option("data", "folder of the prepared datasets")
     val_split: Literal["val", "train_tail"] = option("val", "train_tail: evaluate on train.bin's last tenth, held out")
     out_dir: str = option("out", "folder for last.pt, best.pt and metrics.csv")
-    init_from: str = option(
-        "scratch", "scratch | resume (last.pt) | auto (resume if there is one) | a checkpoint or GPT-2 to fine-tune"
-    )
+    init_from: str = option("scratch", "scratch | resume | auto: resume if possible | checkpoint or GPT-2 to fine-tune")
     overwrite: bool = option(False, "let a new run replace the one in out_dir")
     seed: int = option(1337, "all random numbers are derived from this seed", at_least=0)
 
@@ -136,9 +130,7 @@ class OptimizerConfig(Checked, heading="Optimizer, batch and learning-rate sched
     lr_decay_iters: int | None = option(None, "step at which the rate is min_lr; empty means max_iters", at_least=1)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", at_least=0)
     wsd_decay: float = option(0.2, "wsd: the rate decays in this last fraction of the steps", above=0, at_most=1)
-    ema_decay: float = option(
-        0.0, "d in the weights' moving average = d × average + (1 - d) × weights; 0 turns it off", at_least=0, below=1
-    )
+    ema_decay: float = option(0.0, "decay of the weights' moving average in a step; 0: no average", at_least=0, below=1)
 
     def _check_group(self) -> None:
         if self.rows > 2**31 or self.rows * self.max_iters > 2**62:
@@ -269,9 +261,7 @@ class PrepareConfig(Checked, heading="Preparing a text"):
     data_dir: str = option("data", "folder of the prepared datasets")
     documents: str = option("none", "none | lines | blank_lines between documents | jsonl:FIELD, one object a line")
     tokenizer: str = option("char", "char | byte | bpe, trained on the text | a tokenizer.json, or a folder with one")
-    vocab_size: int = option(
-        4096, "with --tokenizer=bpe: number of ids, with <|endoftext|>, if the text is long", at_least=257, below=2**20
-    )
+    vocab_size: int = option(4096, "most ids of --tokenizer=bpe, with <|endoftext|>", at_least=257, below=2**20)
     bins: str = option("", "instead of --input: a folder with nanoGPT's train.bin and val.bin, for --tokenizer=PATH")
     show: str = option("", "a text: show its ids and the examples it makes, with the dataset's tokenizer")
 

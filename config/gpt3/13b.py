@@ -3,6 +3,8 @@
     python train.py config/gpt3/13b.py --dry_run=True --vocab_size=50257
 
 The paper's row has a width of 5,140, which is not 40 heads of width 128. Here the width is 5,120.
+
+Not measured.
 """
 
 base = "6.7b.py"  # its options hold, but for these

@@ -1,6 +1,8 @@
 """GPT-3 6.7B with 50,257 ids: table 2.1 of Brown et al. 2020, but all attention is dense.
 
     python train.py config/gpt3/6.7b.py --dry_run=True --vocab_size=50257
+
+Not measured.
 """
 
 base = "2.7b.py"  # its options hold, but for these

@@ -3,6 +3,8 @@
     python train.py config/gpt3/xl.py --dry_run=True --vocab_size=50257
 
 The paper's row has 24 heads of width 128, which is more than its width of 2,048. Here there are 16 heads.
+
+Not measured.
 """
 
 base = "large.py"  # its options hold, but for these
