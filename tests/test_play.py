@@ -33,7 +33,7 @@ from quill.cli import option_types, read_config_file
 from quill.data.batches import Batches
 from quill.data.corpora import CORPORA
 from quill.data.token_files import open_dataset, prepare_corpus
-from quill.data.tokenizers import from_json, make
+from quill.data.tokenizers import ByteTokenizer, CharTokenizer, from_json
 from quill.errors import UserError
 from quill.options import TrainConfig
 from quill.play.contents import write_config
@@ -103,11 +103,11 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     prepare_corpus(CORPORA["names"], folder / "data")
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 96, "block_size": 70, "bias": True, "init_std": 0.1}
-    byte = make({"kind": "byte"}, is_documents=False, bos_is_newline=False)
+    byte = ByteTokenizer()
     gradients = {"transformer.wte.weight": torch.full((256, 96), 2.0)}
     save_run(folder / "out" / "wide", shape | {"dataset": "prose"}, byte, gradients=gradients)
     flat = {"n_layer": 0, "n_head": 1, "n_embd": 8, "position": "none", "mlp_ratio": 0.0, "tie_weights": False}
-    save_run(folder / "out" / "flat", flat, make({"kind": "char", "chars": "\nab"}, False, False))
+    save_run(folder / "out" / "flat", flat, CharTokenizer("\nab"))
     page = Page(folder)
     page.thread.start()
     yield page

@@ -22,7 +22,7 @@ from quill.cli import did_you_mean, note
 from quill.data import bpe
 from quill.data.corpora import CORPORA, Corpus, locate
 from quill.data.texts import CHUNK, SplitIds, Texts, encode_splits, find_texts, scan_text
-from quill.data.tokenizers import KINDS, Tokenizer, from_json, make
+from quill.data.tokenizers import KINDS, Tokenizer, from_json
 from quill.errors import UserError, check
 from quill.files import folder_lock, replacing
 from quill.options import PrepareConfig
@@ -197,7 +197,7 @@ def read_tokenizer(name: str, is_documents: bool = False, bos_is_newline: bool =
             values = bpe.read_gpt2_files(values, path.with_name("merges.txt").read_text(encoding="utf-8"))
         values = values["tokenizer"] if path.name == "meta.json" else {"kind": "bpe", "tokenizer": values}
         from_json({"documents": False} | values)
-        return make(values, is_documents, bos_is_newline)
+        return KINDS[values["kind"]](values, is_documents, bos_is_newline)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a foreign file can be wrong in any way

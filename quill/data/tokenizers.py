@@ -185,7 +185,12 @@ class BPETokenizer(Tokenizer):
         return super().to_json() | {"tokenizer": self.description}
 
 
-KINDS: dict[str, type[Tokenizer]] = {kind.kind: kind for kind in (CharTokenizer, ByteTokenizer, BPETokenizer)}
+# How each kind is made of its description, for documents as given: is_documents, bos_is_newline.
+KINDS: dict[str, Callable[[dict[str, Any], bool, bool], Tokenizer]] = {
+    "char": lambda values, *documents: CharTokenizer(values["chars"], *documents),
+    "byte": lambda values, *documents: ByteTokenizer(*documents),
+    "bpe": lambda values, is_documents, _: BPETokenizer(values.get("tokenizer"), is_documents),
+}
 
 
 def from_json(values: Any) -> Tokenizer:
@@ -196,20 +201,11 @@ def from_json(values: Any) -> Tokenizer:
         raise UserError(f"tokenizer kind {kind!r:.80} is not known here; the kinds are {', '.join(KINDS)}")
     has_data = kind != "char" or isinstance(values.get("chars"), str)
     if isinstance(is_documents, bool) and isinstance(bos_is_newline, bool) and has_data:
-        tokenizer = make(values, is_documents, bos_is_newline)
+        tokenizer = KINDS[kind](values, is_documents, bos_is_newline)
         # Ids are ranks. Characters in another order would decode to another text, so they are refused and not sorted.
         if not isinstance(tokenizer, CharTokenizer) or tokenizer.chars == values["chars"]:
             return tokenizer
     raise UserError(f"the description of the {kind} tokenizer is damaged")
-
-
-def make(values: dict[str, Any], is_documents: bool, bos_is_newline: bool) -> Tokenizer:
-    """Make the tokenizer that `values` describe, but for documents as given."""
-    if values["kind"] == "bpe":
-        return BPETokenizer(values.get("tokenizer"), is_documents)
-    if values["kind"] == "byte":
-        return ByteTokenizer(is_documents, bos_is_newline)
-    return CharTokenizer(values["chars"], is_documents, bos_is_newline)
 
 
 def code_points(text: str) -> np.ndarray:
