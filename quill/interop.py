@@ -225,7 +225,8 @@ def safetensors() -> Any:
 
 def _read_weights(folder):
     """Read model.safetensors, in one file or several, or pytorch_model.bin. → {name: tensor}"""
-    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model.bin"))
+    patterns = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin")
+    paths: list[Path] = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     path, weights = folder / "model.safetensors", {}
     try:
         for path in paths:
