@@ -221,5 +221,5 @@ def match_vocabulary(state: Checkpoint, dataset: Dataset) -> Checkpoint:
         own = f"({tokenizer.vocab_size} ids, {tokenizer.kind})"
         other = f"({state['vocab_size']} ids, {theirs['kind'] if theirs else 'unknown'})"
         problem = f"its vocabulary {own} is not the one that the checkpoint was trained on {other}"
-        raise AgreedError(f"--dataset={dataset.name}: {problem}")
+        raise AgreedError(f"dataset={dataset.name}: {problem}")
     return state

@@ -321,7 +321,7 @@ def test_fine_tuning_resuming_and_sampling(data_dir, flags, tmp_path, capsys):
     with pytest.raises(UserError, match="theirs: has no tokenizer that can be read; fine-tune it"):
         sample.main([f"--ckpt={tmp_path / 'theirs'}"])
     gpt2_folder(tmp_path / "theirs", vocab_size=64)  # no padding: a small vocabulary is not padded
-    with pytest.raises(UserError, match=r"--dataset=prose: .* \(13 ids, char\) is not .* \(64 ids, unknown\)"):
+    with pytest.raises(UserError, match=r"^dataset=prose: .* \(13 ids, char\) is not .* \(64 ids, unknown\)"):
         train.main([*tuned, "--overwrite=True"])
     with pytest.raises(UserError, match="bias=False: .*theirs has bias=True"):
         train.main([*tuned, "--overwrite=True", "--bias=False"])

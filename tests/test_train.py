@@ -241,7 +241,7 @@ def test_options_on_resume(flags, tmp_path, capsys):
         train.main([str(file), "--init_from=resume", "--optimizer=muon"])
     with pytest.raises(UserError, match="^ema_decay=0.5"):
         train.main([str(file), "--init_from=resume", "--ema_decay=0.5"])
-    with pytest.raises(UserError, match="--dataset=words: its vocabulary"):
+    with pytest.raises(UserError, match="^dataset=words: its vocabulary"):
         train.main([str(file), "--init_from=resume", "--dataset=words", "--max_iters=20"])
 
 
