@@ -351,7 +351,7 @@ def test_what_train_tail_refuses(flags, tmp_path):
         run(flags(init_from="resume", val_split="val"))
     (tmp_path / "long.txt").write_text("short\n" * 20 + "l" + "o" * 800 + "ng\n", encoding="utf-8")
     prepare.main([f"--input={tmp_path / 'long.txt'}", "--dataset=long", "--documents=lines", f"--data_dir={tmp_path}"])
-    with pytest.raises(UserError, match="no document starts in the last tenth of long's train.bin"):
+    with pytest.raises(UserError, match="no document starts in the last tenth of long/train.bin"):
         run(flags(dataset="long", data_dir=tmp_path, val_split="train_tail", out_dir=tmp_path / "other"))
 
 
