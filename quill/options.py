@@ -65,7 +65,7 @@ class ModelConfig(Checked, heading="The model's architecture"):
     n_head: int = option(12, "attention heads in each block", at_least=1)
     n_embd: int = option(768, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
-    attention_dropout: float | None = option(None, "dropout on attention weights; empty: as above", at_least=0, below=1)
+    attention_dropout: float | None = option(None, "the same on attention weights; empty: --dropout", at_least=0, below=1)
     bias: bool = option(False, "use biases in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
     norm_embedding: bool = option(False, "normalise the embeddings too, before the first block")
@@ -168,7 +168,7 @@ class ReportConfig(Checked, heading="Evaluation, logging and samples during a ru
     eval_samples: int = option(0, "samples to print at each evaluation", at_least=0)
     final_samples: int = option(0, "samples to print at the end", at_least=0)
     sample_tokens: int = option(200, "maximum length of these samples, in tokens", at_least=1)
-    sample_temperature: float = option(0.8, "their temperature; 0 always takes the likeliest token", at_least=0)
+    sample_temperature: float = option(0.8, "temperature of these samples; 0: the likeliest token", at_least=0)
     page: bool = option(False, "write what the page of play.py shows to out_dir/page")
     tensorboard: bool = option(False, "write curves, samples, histograms and attention for TensorBoard to out_dir")
 
@@ -261,7 +261,7 @@ class PrepareConfig(Checked, heading="Preparing a text"):
     data_dir: str = option("data", "folder of the prepared datasets")
     documents: str = option("none", "none | lines | blank_lines between documents | jsonl:FIELD, one object a line")
     tokenizer: str = option("char", "char | byte | bpe, trained on the text | a tokenizer.json, or a folder with one")
-    vocab_size: int = option(4096, "most ids of --tokenizer=bpe, with <|endoftext|>", at_least=257, below=2**20)
+    vocab_size: int = option(4096, "number of ids of --tokenizer=bpe, at most", at_least=257, below=2**20)
     bins: str = option("", "instead of --input: a folder with nanoGPT's train.bin and val.bin, for --tokenizer=PATH")
     show: str = option("", "a text: show its ids and the examples it makes, with the dataset's tokenizer")
 
