@@ -195,22 +195,22 @@ class GPT(nn.Module):
         """`idx` (B, T) → the final norm's output (B, T - start, C), where start is the cache's length, or 0.
 
         cache: a KVCache (quill/generation.py) with the keys and values of the first `length` tokens of `idx`, which are
-        not computed again. `layers[i].append(k, v)` adds those of the other tokens, and returns all, (B, H, T, D).
+        not computed again. `take` returns the positions of the other tokens, and `layers[i].append(k, v)` adds theirs
+        and returns all, (B, H, T, D).
         """
         start, end = 0 if cache is None else cache.length, idx.size(1)
         assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
         assert start == 0 or end - start == 1, "a cache that is not empty takes one token at a time"
+        places = slice(start, end) if cache is None else cache.take(start, end)
         x = self.transformer.wte(idx[:, start:])
         if self.transformer.ngrams is not None:
             x = x + ngram_vectors(idx, self.config.ngram, self.transformer.ngrams.weight, start)
         if self.transformer.wpe is not None:
-            x = x + self.transformer.wpe.weight[start:end]
+            x = x + self.transformer.wpe.weight[places]
         x = self.transformer.drop(self.transformer.ln_e(x))
-        rotary = None if self.rotary is None else self.rotary[:, start:end]
+        rotary = None if self.rotary is None else self.rotary[:, places]
         for i, block in enumerate(self.transformer.h):
             x = block(x, rotary, None if cache is None else cache.layers[i])
-        if cache is not None:
-            cache.length = end
         return self.transformer.ln_f(x)
 
     @torch.no_grad()

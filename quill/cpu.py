@@ -32,7 +32,9 @@ def for_sampling(model: GPT, machine: Machine) -> GPT:
     Such a model only computes: it can't be trained or saved.
     """
     if machine.device.type != "cpu" or machine.dtype not in SMALLER:
-        return speed_up(model.to(machine.device, machine.dtype))
+        for block in speed_up(model.to(machine.device, machine.dtype)).transformer.h:
+            block.__class__ = OneTokenBlock
+        return model
     smaller, fits = SMALLER[machine.dtype]
     for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and fits(module)]:
         model.set_submodule(name, smaller(model.get_submodule(name)))  # the float32 weights are freed one by one
@@ -141,7 +143,7 @@ class OneTokenBlock(Block):
             qk = qk if rotary is None else rotate(qk, rotary)
             qkv = torch.cat([qk, qkv[:, 2:]], dim=1)
         keys, values = cache.append_both(qkv[:, 1:])
-        y = F.scaled_dot_product_attention(qkv[:, 0], keys, values)
+        y = F.scaled_dot_product_attention(qkv[:, 0], keys, values, attn_mask=cache.mask)
         x = x + attn.c_proj(y.view(x.shape))
         return x + mlp.c_proj(mlp.activation(mlp.c_fc(self.ln_2(x))))
 

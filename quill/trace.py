@@ -54,7 +54,7 @@ def trace(model: GPT, idx: torch.Tensor, generator: torch.Generator, temperature
     if added:
         vectors = {"wte": vectors["wte"]} | added | {" + ".join(["wte", *added]): seen["ln_e"][0][-1]} | vectors
     probs = probabilities(logits[None], temperature, top_k, top_p)
-    # torch.multinomial draws these numbers too, and then takes the token with the largest probability / number.
+    # `stream_tokens` draws these numbers too, and then takes the token with the largest probability / number.
     numbers = probs.repeat(len(idx), 1).exponential_(generator=again)[0]
     vectors = {name: vector.tolist() for name, vector in vectors.items()}
     return Trace(ids, vectors, logits.tolist(), (probs[0] / probs.sum()).tolist(), numbers.tolist(), int(tokens[0]))
