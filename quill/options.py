@@ -65,7 +65,9 @@ class ModelConfig(Checked, heading="The model's architecture"):
     n_head: int = option(12, "attention heads in each block", at_least=1)
     n_embd: int = option(768, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
-    attention_dropout: float | None = option(None, "the same on attention weights; empty: --dropout", at_least=0, below=1)
+    attention_dropout: float | None = option(
+        None, "dropout on attention weights; empty: --dropout", at_least=0, below=1
+    )
     bias: bool = option(False, "use biases in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
     norm_embedding: bool = option(False, "normalise the embeddings too, before the first block")
