@@ -3,8 +3,8 @@
     for tokens in stream_tokens(model, idx, max_new_tokens=100, temperature=0.8):
         ...                                                              # (B,) int64, one token for each row
 
-On a GPU, a step is recorded as a CUDA graph: to launch its hundred kernels one by one takes longer than their work. The
-tests compare this file with `GPT.generate` in model.py, which computes the same without a cache.
+On a GPU, a step is recorded as a CUDA graph, so that its many kernels are launched at once; the gain is not measured
+yet. The tests compare this file with `GPT.generate` in model.py, which computes the same without a cache.
 
 Shapes: B sequences in a batch, T tokens in a sequence, H heads, D = C / H, V = vocab_size.
 """
@@ -169,7 +169,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
         context = recent.copy_(pad(longer, (block_size - longer.size(1), 0))) if recorded else longer  # < 0 cuts
 
     repeat, ahead = (None, AHEAD) if recorded else (step, 1)
-    drawn, free, kept = [], -1, block_size
+    drawn, kept, free = [], block_size, -1  # free: how many more tokens the cache takes
     with eval_mode(model):
         for left in reversed(range(max_new_tokens)):
             if free < 0:  # at the start, and when the context is full
@@ -195,7 +195,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 
 
 def can_record(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> bool:
-    """Return whether a GPU can record the steps, and that pays."""
+    """Return whether the steps run on a GPU that can record them, and are enough to record them."""
     on_gpu = idx.is_cuda and idx.get_device() == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda")
     masked = all(isinstance(block, OneTokenBlock) and block.residual and block.mlp for block in model.transformer.h)
     return on_gpu and masked and max_new_tokens > AHEAD
