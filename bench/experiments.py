@@ -1,70 +1,116 @@
-"""Experiments that train configs with several seeds: compare two configs in pairs, or train the rungs of the ladder."""
+"""Experiments that train configs with several seeds: compare configs in pairs, or train the rungs of the ladder."""
 
 import math
+import re
+import shlex
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from bench.measure import ROOT, Line, span, train_or_resume
-from quill import checkpoint
-from quill.cli import read_config_file
+from bench.measure import ROOT, Line, Lines, full_path, train_or_resume
+from quill.cli import read_args, read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
-from quill.errors import check
+from quill.errors import UserError, check
 from quill.files import replacing
 from quill.options import BenchConfig, Options, TrainConfig
 from quill.scoring import count_losses
 
 ROW, LEFT, WIDTH = 38, 190, 720  # pixels: a rung's height, where the scale begins, the picture's width
 STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
+FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only", "data_dir", "out_dir"}  # a bench decides these
 TITLE = "validation loss, nats a character; a dot is the mean of the runs, a bar their range"
 
 
-def compare(paths: list[str], given: Options, config: BenchConfig) -> list[Line]:
-    """Train both configs with seeds 1, 2, …; a run that an earlier call left unfinished is resumed.
+def compare(paths: list[str], given: Options, config: BenchConfig) -> Lines:
+    """Train variants with the same seeds, and rank them by their last loss. Yield a variant's line after each run.
 
-    paths: two config files. given: train.py's options that both runs get.
+    paths: config files, or .txt files of which a line is what follows `python train.py`. given: options for all runs.
     """
-    check_comparable(paths, given, config)
-    runs: dict[str, list[Line]] = {path: [] for path in paths}
-    for seed in range(1, config.seeds + 1):
-        for path in paths:
-            run = train_or_resume(Path(path), seed, given, "compare", config)
-            runs[path].append(run)
-            print(f"{Path(path).stem}, seed {seed}: val loss {run['val_loss']:.4f}", flush=True)
-    a, b = ([run["val_loss"] for run in runs[path]] for path in paths)
-    for path, losses in zip(paths, (a, b), strict=True):
-        loss = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
-        speeds, seconds = (span([run[key] for run in runs[path]]) for key in ("tokens_per_s", "seconds"))
-        print(f"{Path(path).stem}: val loss {loss}, {speeds} tokens/s, {seconds} s")
-    difference, margin = paired_difference(a, b)
-    words = verdict(Path(paths[0]).stem, Path(paths[1]).stem, difference, margin)
-    print(f"{words} (val loss, 95 % interval, {config.seeds} pairs)")
-    lines: list[Line] = [{"config": path, "runs": runs[path]} for path in paths]
-    return [*lines, {"difference": difference, "margin": margin, "verdict": words}]
+    variants, splits = {}, set()
+    for path in paths:
+        texts = Path(path).read_text(encoding="utf-8").splitlines() if path.endswith(".txt") else [shlex.quote(path)]
+        for words in filter(None, (shlex.split(text, comments=True) for text in texts)):
+            files, flags = read_args(words, TrainConfig, None)
+            name = " ".join(words) if path.endswith(".txt") else Path(path).stem
+            check(len(files) == 1, f"{path}: {name}: give one config file, and flags")
+            check(name not in variants, f"{path}: {name}: give different lines, or config files with different names")
+            refuse_fixed(flags, "compare")
+            variants[name] = full_path(files[0]), flags | given
+            run = TrainConfig(**(read_config_file(files[0], TrainConfig) | flags | given))
+            splits.add(f"{run.dataset}, --val_split={run.val_split},")
+    check(len(variants) > 1, "compare takes two config files or more, or a .txt file with a line for each variant")
+    check(len(splits) == 1, f"losses on {' and '.join(sorted(splits))} can't be compared")
+    lines = {}
+    for line in train_variants("compare", variants, config):
+        lines[line["name"]] = line
+        yield line
+    ranked = sorted(lines.values(), key=lambda line: line.get("val_loss", math.inf))
+    print(*(describe_variant(line, lines[next(iter(variants))]) for line in ranked), sep="\n")
 
 
-def check_comparable(paths: list[str], given: Options, config: BenchConfig) -> None:
-    """Raise a UserError if the two configs can't be compared: same name, too few seeds, or different datasets."""
-    both = " and ".join(paths)
-    check(len({Path(path).stem for path in paths}) == 2, f"{both}: give two config files with different names")
-    check(config.seeds > 1, "--seeds=1: an interval takes two seeds or more")
-    configs = [TrainConfig(**(read_config_file(path, TrainConfig) | given)) for path in paths]
-    splits = sorted({f"{config.dataset}, --val_split={config.val_split}," for config in configs})
-    check(len(splits) == 1, f"{both}: losses on {' and '.join(splits)} can't be compared")
+def train_variants(bench: str, variants: dict[str, tuple[str, Options]], config: BenchConfig) -> Lines:
+    """Train variants, {name: (config file, options)}, with seeds 1, 2, … Yield a variant's line after each of its runs.
+
+    A run that an earlier call left unfinished is resumed. One that fails does not stop the others, and after
+    `--minutes` none is started: `problems` in the line tells.
+    """
+    end = time.monotonic() + 60 * config.minutes
+    lines: list[Line] = [{"name": name, "runs": [], "problems": []} for name in variants]
+    cases = [(line, seed) for seed in range(1, config.seeds + 1) for line in lines]
+
+    def run(case: tuple[Line, int]) -> Line | str:
+        name, seed = case[0]["name"], case[1]
+        try:
+            check(time.monotonic() < end, f"not started, as --minutes={config.minutes:g} were over")
+            folder = re.sub(r"[^\w.=-]+", "_", name)[-200:]
+            return train_or_resume(*variants[name], seed, f"{bench}/{folder}", config)
+        except UserError as error:
+            return f"seed {seed}: {error}"
+
+    with ThreadPoolExecutor(config.jobs) as pool:  # a single job runs in this thread
+        for (line, _), result in zip(cases, (pool.map if config.jobs > 1 else map)(run, cases), strict=True):
+            line["problems" if isinstance(result, str) else "runs"].append(result)
+            if runs := line["runs"]:
+                losses, seconds = ([run[key] for run in runs] for key in ("val_loss", "seconds"))
+                line |= {"val_loss": statistics.mean(losses), "spread": max(losses) - min(losses)}
+                line |= {"seconds": statistics.median(seconds), "parameters": runs[0]["parameters"]}
+            print(describe_variant(line), flush=True)
+            yield line
 
 
-def verdict(a: str, b: str, difference: float, margin: float) -> str:
-    """Say which of the configs named `a` and `b` has the lower loss. `difference` ± `margin` is b's loss minus a's."""
+def describe_variant(line: Line, first: Line | None = None) -> str:
+    """Return a variant's figures and problems. With `first`, say which is better, from runs with the same seed."""
+    text, runs = f"{line['name']}: ", line["runs"]
+    if runs:
+        text += f"val loss {line['val_loss']:.4f} (spread {line['spread']:.4f}, n = {len(runs)}), best "
+        text += "{best_loss:.4f} at step {best_step}, ".format(**min(runs, key=lambda run: run["best_loss"]))
+        text += f"{line['parameters']:,} parameters, {line['seconds']:.1f} s"
+    losses = {run["seed"]: run["val_loss"] for run in first["runs"]} if first and first is not line else {}
+    differences = [run["val_loss"] - losses[run["seed"]] for run in runs if run["seed"] in losses]
+    if len(differences) > 1:
+        text += f", {verdict(*interval(differences))}"
+    return "; ".join([text, *line["problems"][:1]])
+
+
+def verdict(difference: float, margin: float) -> str:
+    """Compare a loss with the first variant's: `difference` ± `margin` is it minus the first, with a 95 % interval."""
     if abs(difference) <= margin:
-        return f"{a} and {b} can't be told apart: {b} - {a} = {difference:+.4f} ± {margin:.4f}"
-    return f"{b if difference < 0 else a} is better by {abs(difference):.4f} ± {margin:.4f}"
+        return f"can't be told apart from the first: {difference:+.4f} ± {margin:.4f}"
+    return f"{'better' if difference < 0 else 'worse'} than the first by {abs(difference):.4f} ± {margin:.4f}"
 
 
-def paired_difference(a: list[float], b: list[float]) -> tuple[float, float]:
-    """Compare two samples in pairs. → mean of b - a, half the width of its 95 % interval"""
-    differences = [y - x for x, y in zip(a, b, strict=True)]
+def refuse_fixed(given: Options, bench: str) -> None:
+    """Raise a UserError for an option that a bench decides for its runs."""
+    if taken := given.keys() & FIXED:
+        raise UserError(f"--{min(taken)}: not with python -m bench {bench}, which decides this for its runs")
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Return the mean of a sample of differences, and half the width of its 95 % interval."""
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.mean(differences), t_quantile(len(differences) - 1) * error
 
@@ -80,54 +126,37 @@ def t_quantile(degrees: int, probability: float = 0.95) -> float:
     return math.sqrt(degrees) * math.tan(angle)
 
 
-def ladder(paths: list[str], given: Options, config: BenchConfig) -> list[Line]:
-    """Train every rung with seeds 1, 2, …; a run that an earlier call left unfinished is resumed. → a line for each
+def ladder(paths: list[str], given: Options, config: BenchConfig) -> Lines:
+    """Train every rung with the same seeds, and draw the ladder. Yield a rung's line after each of its runs.
 
     paths: the rungs to train, all if empty. given: train.py's options that all runs get. The picture replaces
     docs/ladder.svg only if all rungs were trained as shipped, with three seeds or more; else it goes to `--out_dir`.
     """
     for path in paths:
         read_config_file(path, TrainConfig)  # so that a mistake is reported before the first run
-    lines = counts(config, given.get("dataset", "shakespeare_char"))
-    for path in [Path(path) for path in paths] or sorted((ROOT / "config" / "ladder").glob("*.py")):
-        lines.append(line := train_rung(path, given, config))
-        print(
-            f"{line['rung']:12} {line['parameters']:9,} parameters  val loss {line['val_loss']:.3f} "
-            f"(spread {line['spread']:.3f}, n = {len(line['runs'])})  {line['seconds']:5.1f} s",
-            flush=True,
-        )
+    rungs = map(Path, paths or sorted((ROOT / "config" / "ladder").glob("*.py")))
+    lines = {line["name"]: line for line in counts(config, given.get("dataset", "shakespeare_char"))}
+    yield from lines.values()
+    for line in train_variants("ladder", {path.stem: (str(path), given) for path in rungs}, config):
+        lines[line["name"]] = line
+        yield line
+    problems = [problem for line in lines.values() for problem in line.get("problems", [])]
+    check(not problems, "".join(problems[:1]))
     as_shipped = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
     folder = ROOT / "docs" if as_shipped else Path(config.out_dir)
     with replacing(folder / "ladder.svg") as (file,):
-        file.write(draw(lines).encode())
-    return lines
+        file.write(draw(list(lines.values())).encode())
 
 
-def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> list[Line]:
-    """Print the losses of a die, of counted tokens and of counted pairs; each count starts at 1. → a line for each"""
+def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> Lines:
+    """Print the losses of a die, of counted tokens and of counted pairs; each count starts at 1. Yield them."""
     prepare_if_missing(dataset, config.data_dir)
     data = open_dataset(config.data_dir, dataset)
-    V, lines = data.tokenizer.vocab_size, []
+    V = data.tokenizer.vocab_size
     losses = count_losses(data.train, data.val, V).values()
     for name, n, loss in zip(("die", "unigram", "pairs"), (0, V, V * V), losses, strict=True):
         print(f"{name:12} {n:9,} parameters  val loss {loss:.3f}")
-        lines.append({"rung": name, "parameters": n, "val_loss": loss, "seconds": 0, "runs": [{"val_loss": loss}]})
-    return lines
-
-
-def train_rung(path: Path, given: Options, config: BenchConfig) -> Line:
-    """Train one config with `config.seeds` seeds."""
-    runs = [train_or_resume(path, seed, given, "ladder", config) for seed in range(1, config.seeds + 1)]
-    best = Path(config.out_dir) / "ladder" / f"{path.stem}-1" / "best.pt"
-    losses = [run["val_loss"] for run in runs]
-    return {
-        "rung": path.stem,
-        "parameters": checkpoint.load_model(checkpoint.load(best)).num_params(),
-        "val_loss": statistics.mean(losses),
-        "spread": max(losses) - min(losses),
-        "seconds": statistics.median(run["seconds"] for run in runs),
-        "runs": runs,
-    }
+        yield {"name": name, "parameters": n, "val_loss": loss, "seconds": 0, "runs": [{"val_loss": loss}]}
 
 
 def draw(lines: list[Line]) -> str:
@@ -146,7 +175,7 @@ def draw(lines: list[Line]) -> str:
     for i, line in enumerate(lines):
         y, own = ROW * (i + 1) + 10, [run["val_loss"] for run in line["runs"]]
         size = f"{line['parameters']:,} parameters, {line['seconds']:.0f} s"
-        parts.append(f'<text x="12" y="{y}">{escape(line["rung"].replace("_", " "))}</text>')
+        parts.append(f'<text x="12" y="{y}">{escape(line["name"].replace("_", " "))}</text>')
         parts.append(f'<text x="12" y="{y + 15}" class="small">{size}</text>')
         parts.append(f'<path d="M{x(min(own))} {y}H{x(max(own))}" stroke="#c73" stroke-width="5"/>')
         parts.append(f'<circle cx="{x(line["val_loss"])}" cy="{y}" r="5" fill="#36c"/>')

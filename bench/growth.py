@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import measure
 from bench.experiments import picture
-from bench.measure import Line, outline, start_seconds
+from bench.measure import Line, Lines, outline, start_seconds
 from bench.peers import LAPTOP
 from quill.data.token_files import prepare
 from quill.files import replacing
@@ -49,9 +49,8 @@ def prepare_seconds(size: int, folder: Path, config: BenchConfig) -> float:
 def step(options: Options) -> tuple[float, float]:
     """Train with TOKENS tokens in a step. → the FLOPs of a token, the mean seconds of a step"""
     flops = outline(options).flops_per_token()
-    steps = max(3, round(5e11 / (flops * TOKENS)))
-    options = options | {"batch_size": TOKENS // options["block_size"], "max_iters": 2 * steps, "eval_interval": steps}
-    return flops, TOKENS / measure.training_speed(options)
+    options = options | {"batch_size": TOKENS // options["block_size"]}
+    return flops, TOKENS / measure.training_speed(options, max(2, round(2.5e11 / (flops * TOKENS))))[0]
 
 
 def generation(rows: int, tokens: int, block_size: int, config: BenchConfig) -> tuple[float, float]:
@@ -63,8 +62,8 @@ def generation(rows: int, tokens: int, block_size: int, config: BenchConfig) -> 
     return tokens * (outline(shape).num_params() + cached), rows * tokens / speed
 
 
-def growth(config: BenchConfig) -> list[Line]:
-    """Measure every series, with `--quick` at its first two sizes only, and draw docs/growth.svg. → a line for each
+def growth(config: BenchConfig) -> Lines:
+    """Measure every series, with `--quick` at its first two sizes only, and draw docs/growth.svg.
 
     With `--quick` or --dtype, the picture goes to `--out_dir`.
     """
@@ -75,10 +74,10 @@ def growth(config: BenchConfig) -> list[Line]:
             line: Line = {"what": what, "by": by, "sizes": sizes, "costs": costs, "seconds": seconds}
             lines.append(line | {"power": power(sizes, seconds), "expected": power(sizes, costs)})
             print(*describe(lines[-1]), sep=", ", flush=True)
+            yield lines[-1]
     as_shipped = not config.quick and config.dtype == "auto" and config.device == "auto"
     with replacing((measure.ROOT / "docs" if as_shipped else Path(config.out_dir)) / "growth.svg") as (file,):
         file.write(draw(lines).encode())
-    return lines
 
 
 def power(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -1,15 +1,16 @@
-"""What every bench uses: run a command and time it, train a config, read the results and print them."""
+"""What every bench uses: run a command and time it, train a config, measure in turn, and describe the results."""
 
 import csv
 import json
 import math
+import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,14 +26,20 @@ from quill.machine import pick_machine
 from quill.options import BenchConfig, Options, TrainConfig
 
 ROOT = Path(__file__).parent.parent
-Line = dict[str, Any]  # one result: what was measured, its figures, and what is derived from them
+Line = dict[str, Any]  # one result: what was measured and its figures
+Lines = Iterator[Line]  # what a bench yields: each line when it is new, and again when it has another figure
 
 
-def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = None) -> tuple[float, str]:
-    """Run `python *argv` to its end. → seconds, what it printed. Raise a UserError if it fails."""
-    argv = [str(arg) for arg in argv]
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *argv], cwd=cwd, input=stdin, capture_output=True, encoding="utf-8")
+def full_path(path: str) -> str:
+    """Make the path of a file absolute, as runs start in quill's folder; one that is not there stays as it is."""
+    return str(Path(path).resolve()) if Path(path).is_file() else path
+
+
+def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = None, **env: str) -> tuple[float, str]:
+    """Run `python *argv` with `env` added to its environment. → seconds, what it printed. UserError if it fails."""
+    argv, began = [str(arg) for arg in argv], time.perf_counter()
+    settings: Options = {"cwd": cwd, "input": stdin, "env": os.environ | env}
+    done = subprocess.run([sys.executable, *argv], capture_output=True, encoding="utf-8", **settings)
     seconds = time.perf_counter() - began
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -52,35 +59,56 @@ def as_flags(options: Options) -> list[str]:
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-def train(options: Options, *config_file: str) -> tuple[float, list[dict[str, str]]]:
-    """Train with `options` in a temporary out_dir. → seconds of the whole process, the rows of metrics.csv"""
+def cold_run(argv: Iterable[Any], best: Path, cwd: Path | str = ROOT) -> tuple[list[float], str]:
+    """Run `python *argv` with empty caches of compiled code. → figures, what it printed
+
+    The figures: its seconds, those from the command to the last version of the file `best`, files that it compiled.
+    """
     with TemporaryDirectory() as folder:
-        seconds, _ = process(["train.py", *config_file, *as_flags(options | {"out_dir": folder})])
-        return seconds, read_metrics(folder)
+        caches = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        began, (seconds, out) = time.time(), process(argv, cwd, **caches)
+        return [seconds, best.stat().st_mtime - began, sum(path.is_file() for path in Path(folder).rglob("*"))], out
 
 
-def training_speed(options: Options) -> float:
-    """Train a short run. → tokens per second, without those up to the first evaluation, which warm up"""
-    _, rows = train({"gradient_accumulation_steps": 1, "eval_iters": 1} | options)
-    return statistics.harmonic_mean(float(row["tokens_per_s"]) for row in rows[1:])
+def seconds_to_lines(starts: Sequence[str], argv: Iterable[Any], cwd: Path | str = ROOT) -> tuple[list[float], float]:
+    """Run `python *argv` until it has printed lines that start with `starts`, in this order.
+
+    → the seconds to each, and the GB of the GPU's memory that all processes use at the end
+    """
+    argv, seconds, line = [sys.executable, "-u", *map(str, argv)], [], ""
+    began, pipe = time.perf_counter(), subprocess.PIPE
+    with subprocess.Popen(argv, cwd=cwd, encoding="utf-8", stdout=pipe, stderr=subprocess.STDOUT) as running:
+        for line in running.stdout or ():
+            if line.startswith(starts[len(seconds)]):
+                seconds.append(time.perf_counter() - began)
+            if len(seconds) == len(starts):
+                break
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_initialized() else (0, 0)
+        running.kill()
+    check(len(seconds) == len(starts), f"{argv[2]} ended before it printed {starts[-1]}: {line.strip()}")
+    return seconds, (total - free) / 1e9
+
+
+def training_speed(
+    options: Options, quarter: int, argv: Sequence[str] = ("train.py",), start: str = "step {}/", cwd: str | Path = ROOT
+) -> list[float]:
+    """Train four times `quarter` steps, without an evaluation. → tokens/s without the first quarter, GPU memory in GB
+
+    start: what the line about a step starts with.
+    """
+    rows = {"gradient_accumulation_steps": 1, "eval_iters": 1, "eval_interval": 10**6, "max_iters": 4 * quarter + 1}
+    with TemporaryDirectory() as folder:
+        flags = as_flags(rows | options | {"log_interval": quarter, "out_dir": folder})
+        lines = [start.format(quarter), start.format(4 * quarter)]
+        (began, ended), memory = seconds_to_lines(lines, [*argv, *flags], cwd)
+    return [3 * quarter * options["batch_size"] * options["block_size"] / (ended - began), memory]
 
 
 def start_seconds(options: Options) -> float:
     """Return the seconds from `python train.py` to its first step's line."""
     with TemporaryDirectory() as folder:
         options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
-        return seconds_to_line("step 1/", ["train.py", *as_flags(options)])
-
-
-def seconds_to_line(start: str, argv: list[str]) -> float:
-    """Return the seconds until `python *argv` prints a line that starts with `start`; its end is not waited for."""
-    began = time.perf_counter()
-    with subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as running:
-        assert running.stdout
-        check(any(line.startswith(start) for line in running.stdout), f"{argv[0]} ended before it printed {start}")
-        seconds = time.perf_counter() - began
-        running.kill()
-    return seconds
+        return seconds_to_lines(["step 1/"], ["train.py", *as_flags(options)])[0][0]
 
 
 def write_text(path: Path, size: float, config: BenchConfig) -> None:
@@ -96,13 +124,13 @@ def outline(options: Options, vocab_size: int = 65) -> GPT:
         return GPT(TrainConfig(**options), vocab_size)
 
 
-def train_or_resume(path: Path, seed: int, given: Options, folder: str, config: BenchConfig) -> Line:
-    """Train config `path` with the options `given` in a folder of `--out_dir`/`folder`, or resume the run there.
+def train_or_resume(path: str, given: Options, seed: int, name: str, config: BenchConfig) -> Line:
+    """Train config `path` with the options `given` in `--out_dir`/`name`-`seed`, or resume the run there.
 
     A run that is finished is not trained again. Raise a UserError if the folder has a run with other options.
-    → the run's seed, last validation loss, seconds and median speed
+    → the run's figures: its seed, last and best validation loss, the step of the best, seconds, median speed
     """
-    out_dir = f"{config.out_dir}/{folder}/{path.stem}-{seed}"
+    out_dir = f"{config.out_dir}/{name}-{seed}"
     options = given | {"seed": seed, "data_dir": config.data_dir, "out_dir": out_dir, "init_from": "auto"}
     options |= machine_options(config)
     held = Path(out_dir) / "last.pt"
@@ -113,9 +141,12 @@ def train_or_resume(path: Path, seed: int, given: Options, folder: str, config: 
         if other := [key for key in wanted if key not in may_differ and old[key] != wanted[key]]:
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
     process(["train.py", path, *as_flags(options)])
-    rows = read_metrics(out_dir)
-    speed = statistics.median(float(row["tokens_per_s"]) for row in rows)
-    return {"seed": seed, "tokens_per_s": speed} | {key: float(rows[-1][key]) for key in ("val_loss", "seconds")}
+    rows = [{key: float(value) for key, value in row.items()} for row in read_metrics(out_dir)]
+    best, state = min(rows, key=lambda row: row["val_loss"]), checkpoint.load(f"{out_dir}/best.pt")
+    run = {"seed": seed, "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows)}
+    run |= {"parameters": checkpoint.load_model(state).num_params()}
+    run |= {"best_loss": best["val_loss"], "best_step": int(best["step"])}
+    return run | {key: rows[-1][key] for key in ("val_loss", "seconds")}
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, str]]:
@@ -148,25 +179,47 @@ def hardware(config: BenchConfig) -> str:
         return f"{machine.name}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else []
-    name = names[0] if names else platform.processor() or platform.machine()
+    name = [*names, platform.processor() or platform.machine()][0]
     return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
 
 
-def in_turn(config: BenchConfig, ours: Callable[[], Any], peer: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
-    """Measure `ours()` and, with `--peer`, `peer()` alternately, `--pairs` times each. → our figures, the peer's"""
-    pairs = [(ours(), peer() if config.peer else None) for _ in range(config.pairs)]
-    return [a for a, _ in pairs], [b for _, b in pairs if config.peer]
+def in_turn(
+    config: BenchConfig,
+    units: dict[str, str],
+    ours: Callable[[], Sequence[float]],
+    peer: Callable[[], Sequence[float]] | None = None,
+) -> Lines:
+    """Measure `ours()` and, with `--peer`, `peer()` alternately, `--pairs` times each, and print each figure.
+
+    units: {what is measured: its unit}. Both return a figure for each of these; the peer may leave out the last ones.
+    Yield a line for each, again whenever it has another figure.
+    """
+    lines: list[Line] = [{"what": what, "unit": unit, "ours": [], "peer": []} for what, unit in units.items()]
+    for _ in range(config.pairs):
+        for side, run in (("ours", ours), ("peer", peer if config.peer else None)):
+            for line, figure in zip(lines, run() if run else (), strict=False):
+                line[side].append(figure)
+                print(f"{line['what']}, {side}: {span([figure])} {line['unit']}", flush=True)
+                yield line
 
 
-def report(what: str, unit: str, ours: list[float], peer: Sequence[float] = ()) -> Line:
-    """Print medians and ranges of both, and their ratio in pairs, which is above 1 where ours is better. → the line"""
-    line = {"what": what, "unit": unit, "n": len(ours), "ours": ours, "peer": peer}
-    text = f"{what}: {span(ours)} {unit}"
+def describe(line: Line) -> str:
+    """Return a line's medians and ranges, and the ratio of the runs of a pair, which is above 1 where ours is better.
+
+    Of losses, give the mean too, and whether it is as low as the line's target.
+    """
+    ours, peer, unit, target = line["ours"], line["peer"], line["unit"], line.get("target")
+    text = f"{line['what']}: {span(ours)} {unit}"
+    if unit == "nats":
+        text += f", mean {statistics.mean(ours):.4f}"
+        text += f", {'at most' if statistics.mean(ours) <= target else 'NOT at most'} {target}" if target else ""
     if peer:
-        line["ratio"] = [b / a if unit in ("s", "nats") else a / b for a, b in zip(ours, peer, strict=True)]
-        text += f", peer {span(peer)}, ratio {span(line['ratio'])}"
-    print(f"{text} (n = {len(ours)})", flush=True)
-    return line
+        text += f", peer {span(peer)}"
+        if unit in ("s", "nats", "tokens/s"):
+            text += (
+                f", ratio {span([a / b if unit == 'tokens/s' else b / a for a, b in zip(ours, peer, strict=False)])}"
+            )
+    return f"{text} (n = {len(ours)})"
 
 
 def span(values: Sequence[float]) -> str:

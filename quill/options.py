@@ -303,6 +303,9 @@ class BenchConfig(SystemConfig, heading="Benchmarks"):
     peer: str = option("", "folder of nanoGPT, to measure it too; empty measures quill alone (replay needs nanoGPT)")
     pairs: int = option(5, "how many times quill and nanoGPT each run; they alternate", at_least=1)
     seeds: int = option(3, "for `bench compare` and `bench ladder`: number of seeds for each config", at_least=1)
+    jobs: int = option(1, "for `bench compare`: number of runs at a time", at_least=1, at_most=100)
+    minutes: float = option(1e6, "for `bench compare`: no run is started after this time", above=0)
+    target: float = option(0.0, "for `bench loss`: say whether the mean loss is at most this; 0: don't", at_least=0)
     recipe: str = option("config/shakespeare_char_cpu.py", "for `bench loss` and `bench faults`: the config to run")
     quick: bool = option(
         False, "for `bench faults`: a few cases of each campaign; for `bench growth`: two sizes of each series"

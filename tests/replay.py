@@ -43,7 +43,7 @@ def replay(cases: list[str], config: BenchConfig, shape: dict[str, Any] = SHAKES
     difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"{len(steps)} steps, loss {ours[0]:.4f} to {ours[-1]:.4f}: at most {difference:.2g} from the peer's")
     what = "train loss at 10.7M, means of 5 steps"
-    return [{"what": what, "unit": "nats", "n": 1, "ours": ours, "peer": theirs, "max_abs_difference": difference}]
+    return [{"what": what, "n": 1, "ours": ours, "peer": theirs, "max_abs_difference": difference}]
 
 
 def main(peer: str, options: dict[str, Any]) -> list[float]:

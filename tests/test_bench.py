@@ -3,12 +3,16 @@
 import io
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
 import sys
+import threading
+import timeit
 import xml.etree.ElementTree
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,20 +20,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import needs_corpora
 
 import prepare
 import sample
 import train
 from bench import __main__ as bench
-from bench import generation, growth, measure, peers
-from bench.experiments import counts, draw, paired_difference, t_quantile, verdict
+from bench import experiments, generation, growth, measure, peers
+from bench.experiments import counts, draw, interval, t_quantile, verdict
+from model import GPT
 from quill.cli import read_config_file
 from quill.data import token_files
 from quill.errors import UserError
 from quill.generation import LayerCache
+from quill.machine import pick_machine
 from quill.optimizer import learning_rate
-from quill.options import BenchConfig, TrainConfig
+from quill.options import BenchConfig, ModelConfig, TrainConfig
 from tests import replay
 
 
@@ -38,9 +45,11 @@ def in_process(monkeypatch):
     """The benches' commands run in this process: a new process would import torch for each of them."""
     scripts = {"train.py": train, "sample.py": sample, "prepare.py": prepare}
 
-    def run(command, cwd, input, **settings):
+    def run(command, cwd, input=None, **settings):
         python, *argv = command
-        assert python == sys.executable and cwd == measure.ROOT
+        assert python == sys.executable
+        if cwd != measure.ROOT:  # a peer's
+            return subprocess.run(command, cwd=cwd, **settings)
         out, err, code = io.StringIO(), "", 0
         with redirect_stdout(out):
             try:
@@ -52,7 +61,14 @@ def in_process(monkeypatch):
                 code, err = 2, f"{argv[0]}: {error}"
         return subprocess.CompletedProcess(argv, code or 0, out.getvalue(), err)
 
-    monkeypatch.setattr(measure, "subprocess", SimpleNamespace(run=run, Popen=subprocess.Popen, PIPE=subprocess.PIPE))
+    @contextmanager
+    def popen(command, cwd, **settings):
+        python, unbuffered, *argv = command
+        out = run([python, *argv], cwd, capture_output=True, encoding="utf-8").stdout
+        yield SimpleNamespace(stdout=out.splitlines(keepends=True), kill=lambda: None)
+
+    names = {"run": run, "Popen": popen, "PIPE": subprocess.PIPE, "STDOUT": subprocess.STDOUT}
+    monkeypatch.setattr(measure, "subprocess", SimpleNamespace(**names))
 
 
 def test_a_process_and_its_failure():
@@ -65,7 +81,7 @@ def test_a_process_and_its_failure():
 
 def test_paired_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1/√3, t of 2 degrees of freedom 4.303."""
-    mean, margin = paired_difference([0, 0, 0], [1, 2, 3])
+    mean, margin = interval([1, 2, 3])
     assert mean == 2 and margin == pytest.approx(4.303 / math.sqrt(3), abs=0.0005)
 
 
@@ -79,31 +95,73 @@ def test_t_quantile(degrees, t):
 
 
 def test_verdicts():
-    assert verdict("a", "b", -0.021, 0.006) == "b is better by 0.0210 ± 0.0060"
-    assert verdict("a", "b", 0.021, 0.006) == "a is better by 0.0210 ± 0.0060"
-    assert "can't be told apart" in verdict("a", "b", 0.005, 0.006)
-    assert "can't be told apart" in verdict("a", "b", 0.5, math.inf)
+    assert verdict(-0.021, 0.006) == "better than the first by 0.0210 ± 0.0060"
+    assert verdict(0.021, 0.006) == "worse than the first by 0.0210 ± 0.0060"
+    assert verdict(0.005, 0.006) == "can't be told apart from the first: +0.0050 ± 0.0060"
+    assert verdict(0.5, math.inf).startswith("can't be told apart")
 
 
-def test_compare_trains_both_resumes_and_tells_them_apart(flags, in_process, tmp_path, capsys):
-    """Learning rates 1e-2 and 1e-5: the first must win, and a second call has nothing left to train."""
-    keep = [flag for flag in flags(max_iters=30) if not flag.startswith(("--data_dir", "--out_dir", "--l", "--min"))]
-    data_dir = next(flag for flag in flags() if flag.startswith("--data_dir"))
+@pytest.fixture
+def variants(flags, tmp_path):
+    """Two configs, with learning rates 1e-2 and 1e-5. → the arguments of `bench compare`, without their names"""
+    keep = [flag for flag in flags(max_iters=30) if not flag.startswith(("--out_dir", "--l", "--min"))]
     for name, rate in (("fast", 1e-2), ("slow", 1e-5)):
         (tmp_path / f"{name}.py").write_text(f"learning_rate = {rate}\nmin_lr = 0\n", encoding="utf-8")
-    argv = ["compare", str(tmp_path / "fast.py"), str(tmp_path / "slow.py"), "--seeds=3", data_dir]
-    bench.main([*argv, f"--out_dir={tmp_path / 'bench'}", *keep])
+    return [*keep, f"--out_dir={tmp_path / 'bench'}"]
+
+
+def test_compare_trains_both_resumes_and_tells_them_apart(variants, in_process, tmp_path, capsys):
+    """The first must win, and a second call has nothing left to train."""
+    argv = ["compare", str(tmp_path / "fast.py"), str(tmp_path / "slow.py"), "--seeds=3", *variants]
+    assert bench.main(argv) == 0
     first = capsys.readouterr().out
-    assert "fast is better by" in first and first.count("seed") == 6
-    report = json.loads((tmp_path / "bench" / "compare.json").read_text(encoding="utf-8"))
-    fast, slow, summary = report["results"]
+    fast, slow = json.loads((tmp_path / "bench" / "compare.json").read_text(encoding="utf-8"))["results"]
     losses = [[run["val_loss"] for run in side["runs"]] for side in (fast, slow)]
-    assert summary["difference"] == pytest.approx(statistics.mean(losses[1]) - statistics.mean(losses[0]))
-    assert losses[0][0] != losses[0][1] and report["hardware"] and summary["verdict"] in first
+    difference = statistics.mean(losses[1]) - statistics.mean(losses[0])
+    *_, ranked_first, ranked_last, hardware = first.splitlines()
+    assert ranked_first.startswith(f"fast: val loss {statistics.mean(losses[0]):.4f} (spread ")
+    assert ranked_last.startswith("slow: ") and f"worse than the first by {difference:.4f} ± " in ranked_last
+    assert losses[0][0] != losses[0][1] and hardware.endswith("compare.json")
+    assert [run["best_step"] for run in fast["runs"]] == [30] * 3 and fast["parameters"] > 6000
     before = (tmp_path / "bench" / "compare" / "fast-1" / "last.pt").stat().st_mtime_ns
-    bench.main([*argv, f"--out_dir={tmp_path / 'bench'}", *keep])
+    bench.main(argv)
     assert capsys.readouterr().out == first
     assert (tmp_path / "bench" / "compare" / "fast-1" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_variants_of_a_file_are_ranked_and_a_failed_one_is_a_line(variants, in_process, tmp_path, capsys):
+    """Comments and empty lines are left out. The last variant's folder is in use, which only a run can find out."""
+    path = str(tmp_path / "fast.py")
+    names = [f"{path} --learning_rate=1e-5", path, f"{path} --n_layer=1"]
+    listed = tmp_path / "variants.txt"
+    listed.write_text("# slow\n\n" + "\n".join(names) + "  # in use", encoding="utf-8")
+    (tmp_path / "bench" / "compare").mkdir(parents=True)
+    folder = re.sub(r"[/ ]", "_", names[2]).replace("--n_layer", "--n_layer")
+    (tmp_path / "bench" / "compare" / f"{folder}-1").touch()
+    assert bench.main(["compare", str(listed), "--seeds=1", *variants]) == 1
+    *_, a, b, c, _ = capsys.readouterr().out.splitlines()
+    assert a.startswith(f"{names[1]}: val loss") and b.startswith(f"{names[0]}: val loss")
+    assert c.startswith(f"{names[2]}: ; seed 1: train.py {path} in ") and "can't be" in c
+    bench.main(["compare", str(listed), "--seeds=1", "--minutes=1e-9", *variants])
+    assert capsys.readouterr().out.count("seed 1: not started, as --minutes=1e-09 were over") == 6
+
+
+def test_several_runs_at_a_time(variants, tmp_path, monkeypatch, capsys):
+    """The first two runs end only when both have started. Each seed's losses stay with it."""
+    both = threading.Barrier(2, timeout=10)
+
+    def train_or_resume(path, given, seed, name, config):
+        if seed == 1:
+            both.wait()
+        loss = seed + 0.25 * path.endswith("slow.py")
+        return {"seed": seed, "val_loss": loss, "best_loss": loss, "best_step": 1, "seconds": 1.0, "parameters": 7}
+
+    monkeypatch.setattr(experiments, "train_or_resume", train_or_resume)
+    argv = ["compare", str(tmp_path / "fast.py"), str(tmp_path / "slow.py"), "--seeds=4", "--jobs=2", *variants]
+    bench.main(argv)
+    assert "slow: val loss 2.7500 (spread 3.0000, n = 4), best 1.2500 at step 1" in capsys.readouterr().out
+    report = json.loads((tmp_path / "bench" / "compare.json").read_text(encoding="utf-8"))
+    assert [[run["seed"] for run in line["runs"]] for line in report["results"]] == [[1, 2, 3, 4]] * 2
 
 
 RUNGS = sorted((measure.ROOT / "config" / "ladder").glob("*.py"))
@@ -138,7 +196,7 @@ def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys)
     bench.main(["ladder", str(RUNGS[0]), "--seeds=2", data_dir, f"--out_dir={tmp_path}", *keep])
     *_, bigram = json.loads((tmp_path / "ladder.json").read_text(encoding="utf-8"))["results"]
     meta = json.loads((Path(data_dir.partition("=")[2]) / "prose" / "meta.json").read_text(encoding="utf-8"))
-    assert bigram["rung"] == "0_bigram" and bigram["parameters"] == 2 * 16 * len(meta["tokenizer"]["chars"])
+    assert bigram["name"] == "0_bigram" and bigram["parameters"] == 2 * 16 * len(meta["tokenizer"]["chars"])
     losses = [run["val_loss"] for run in bigram["runs"]]
     assert len(set(losses)) == 2 and bigram["val_loss"] == pytest.approx(sum(losses) / 2)
     assert bigram["spread"] == pytest.approx(abs(losses[0] - losses[1]))
@@ -150,7 +208,7 @@ def test_ladder_picture_is_to_scale():
     """Equal differences in loss are equal distances in the picture, and a wider range of seeds is a longer bar."""
     lines = [
         {
-            "rung": f"{i}_<x>",
+            "name": f"{i}_<x>",
             "val_loss": loss,
             "parameters": 7,
             "seconds": 3,
@@ -170,7 +228,7 @@ def test_ladder_picture_is_to_scale():
 def test_counts_by_hand(write, tmp_path, capsys):
     """Of "aab…", 54 a, 27 b and the pairs aa 27, ab 27, ba 26 are in training; "aabaabaab" is the validation split."""
     token_files.prepare(write("aab" * 30), tmp_path / "aab")
-    lines = counts(BenchConfig(data_dir=str(tmp_path)), "aab")
+    lines = list(counts(BenchConfig(data_dir=str(tmp_path)), "aab"))
     unigram = -(5 * math.log(55 / 83) + 3 * math.log(28 / 83)) / 8
     pairs = -(6 * math.log(28 / 56) + 2 * math.log(27 / 28)) / 8
     assert [line["val_loss"] for line in lines] == pytest.approx([math.log(2), unigram, pairs], abs=1e-12)
@@ -181,7 +239,7 @@ def test_counts_by_hand(write, tmp_path, capsys):
 @needs_corpora
 def test_the_tours_counts(tmp_path):
     """The figures of docs/tour.md and of its picture, and the picture's dots are where the losses say."""
-    lines = counts(BenchConfig(data_dir=str(tmp_path)))
+    lines = list(counts(BenchConfig(data_dir=str(tmp_path))))
     assert [f"{line['val_loss']:.3f}" for line in lines] == ["4.174", "3.347", "2.482"]
     tour = (measure.ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
     losses = re.findall(r"^Loss \*\*(\d\.\d{3})\*\*", tour, flags=re.MULTILINE)
@@ -202,24 +260,68 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, in_p
         bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"])
 
 
-def test_gpt2_s_share_of_the_peak_by_hand(in_process, monkeypatch):
+def test_shares_of_the_peak_and_of_the_product_rate_by_hand(in_process, monkeypatch):
     """On a tiny shape and 300 ids, and a CPU said to do 10⁹ FLOP/s: 6 for each weight that multiplies, 12 L C T."""
     monkeypatch.setattr("quill.machine.PEAK_FLOPS", {"cpu": 1e9})
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
-    config = BenchConfig(pairs=1, device="cpu", dtype="bfloat16")
-    speed, share = peers.gpt2(config, shape, ids=300, batch_size=2, steps=8)
+    monkeypatch.setattr(peers, "product_rate", lambda machine, size: 2e9)
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "batch_size": 2}
+    config = BenchConfig(pairs=2, device="cpu", dtype="bfloat16")
+    monkeypatch.setattr(peers, "GPT2_IDS", 300)
+    *_, speed, memory, rate, share, mfu = peers.random_tokens("tiny", shape, 2, config)
     weights = 300 * 8 + 12 * 8 * 8 + 3 * 8  # lm_head, which the embedding shares; a block's matrices; three norms
-    assert speed["n"] == 1 and min(speed["ours"]) > 0
-    expected = [tokens * (6 * weights + 12 * 8 * 16) / 1e9 for tokens in speed["ours"]]
-    assert share["ours"] == pytest.approx(expected)
+    flops = [tokens * (6 * weights + 12 * 8 * 16) for tokens in speed["ours"]]
+    assert len(flops) == 2 and min(flops) > 0 and memory["ours"] == [0, 0] and rate["ours"] == [2e-3, 2e-3]
+    assert share["ours"] == pytest.approx([flop / 2e9 for flop in flops])
+    assert mfu["ours"] == pytest.approx([flop / 1e9 for flop in flops])
+
+
+def test_ten_calls_are_timed_five_times(monkeypatch):
+    calls, clock = [], iter([0, 50, 100, 130, 200, 240, 300, 350, 400, 450])
+    monkeypatch.setattr(peers, "repeat", partial(timeit.repeat, timer=lambda: next(clock)))
+    assert peers.seconds_of(lambda: calls.append(1) or torch.ones(2, 2)) == 3  # the second ten: from 100 to 130
+    assert len(calls) == 50
+
+
+def test_the_rates_of_a_machine(device):
+    """What they must be at least and at most: a small size takes a CPU less than a second."""
+    machine = pick_machine(BenchConfig(device=device.type, dtype="float32"))
+    gpu = device.type == "cuda"
+    assert (1e12 if gpu else 1e6) < peers.product_rate(machine, 4096 if gpu else 128) < 1e15
+    assert (5e10 if gpu else 1e6) < peers.read_bandwidth(machine, 2**27 if gpu else 2**16) < 1e14
 
 
 @pytest.fixture
 def peer(tmp_path):
-    """A stand-in for nanoGPT: quill's model under nanoGPT's names, and another AdamW with the same settings."""
+    """A stand-in for nanoGPT: quill's model under nanoGPT's names, and another AdamW with the same settings.
+
+    Its train.py prints what nanoGPT's prints, and copies a checkpoint that has been made before.
+    """
     folder = tmp_path / "peer"
     folder.mkdir()
-    (folder / "train.py").touch()
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
+    state = {
+        "model": GPT(ModelConfig(**shape), 13).state_dict(),
+        "model_args": shape | {"bias": False, "dropout": 0.0, "vocab_size": 13},
+    }
+    state |= {"iter_num": 250, "best_val_loss": torch.tensor(2.0), "config": {"dataset": "prose"}}
+    torch.save(state, folder / "ckpt.pt")
+    (folder / "data" / "shakespeare_char").mkdir(parents=True)
+    (folder / "data" / "shakespeare_char" / "train.bin").touch()
+    (folder / "train.py").write_text(
+        """
+import os, shutil, sys, time
+options = dict(arg[2:].split("=", 1) for arg in sys.argv[2:])
+with open("command.txt", "a") as file:
+    print(*sys.argv[1:], os.environ.get("TORCHINDUCTOR_CACHE_DIR"), file=file)
+for i in range(0, 1200, 4):
+    print(f"iter {i}: loss 4.0000, time 1.00ms, mfu -100.00%")
+if "TRITON_CACHE_DIR" in os.environ:
+    shutil.copyfile("ckpt.pt", options["out_dir"] + "/ckpt.pt")
+    open(os.environ["TRITON_CACHE_DIR"], "w").close()
+    time.sleep(0.2)
+""",
+        encoding="utf-8",
+    )
     (folder / "model.py").write_text(
         """
 import torch
@@ -252,6 +354,115 @@ def test_programs_that_generate(peer):
     assert generation.main("nanogpt", peer=str(peer), **SMALL) > 0
 
 
+@pytest.fixture
+def tiny(monkeypatch, in_process, data_dir, tmp_path):
+    """Shapes of a few hundred parameters in place of those that are measured, as on a GPU. → the folder of datasets"""
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
+    for name, more in (("SHAKESPEARE_10M", {"batch_size": 2}), ("GPT2", {}), ("GPT2_XL", {"batch_size": 2})):
+        monkeypatch.setattr(peers, name, shape | more)
+    monkeypatch.setattr(peers, "GPT2_IDS", 100)
+    monkeypatch.setattr(peers, "on_gpu", lambda config: True)
+    monkeypatch.setattr(peers, "product_rate", lambda machine, size: 2e9)
+    monkeypatch.setattr(peers, "read_bandwidth", lambda machine: 1e9)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for part in ("train", "stock", "speedrun", "best", "generate", "xl", "replay", "compare"):
+        (tmp_path / "out" / part).mkdir(parents=True)
+    (tmp_path / "out" / "data").mkdir()
+    (tmp_path / "out" / "data" / "shakespeare_char").symlink_to(data_dir / "prose")
+    return tmp_path / "out"
+
+
+def gpu_sh(folder, *argv, **env):
+    """Run bench/gpu.sh in `folder`, with a `python` that only prints its arguments, a line for each, and END."""
+    python = folder / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" END\n", encoding="utf-8")
+    python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "PYTHON": python, "DEVICE": "cpu", "QUILL_CORPORA": ".", "OUT": "out"} | env
+    command = ["bash", measure.ROOT / "bench" / "gpu.sh", *argv]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+RUN = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_iters=4 --eval_interval=2"
+
+
+@pytest.mark.parametrize(
+    "argv, name, measured, with_peer",
+    [
+        ("train peer --pairs=1", "train", 8, 2),
+        (f"stock peer {RUN}", "loss", 5, 4),
+        ("speedrun --recipe=tiny.py --pairs=2", "loss", 5, 0),
+        ("best --recipe=tiny.py --pairs=2", "loss", 5, 0),
+        ("generate peer --pairs=1", "generate", 6, 3),
+        ("xl", "xl", 4, 0),
+        ("compare variants.txt", "compare", 2, 0),
+    ],
+)
+def test_a_part_of_gpu_sh(argv, name, measured, with_peer, tiny, peer, write, monkeypatch):
+    """The script's command runs in this process at a tiny size, and gives all figures, nanoGPT's where it should."""
+    write("x", "tinyshakespeare.txt")
+    options = RUN.replace("--", "").replace(" ", "\n").replace("=", " = ")
+    write(f"{options}\ndataset = 'shakespeare_char'\ngradient_accumulation_steps = 1\n", "tiny.py")
+    write("tiny.py\ntiny.py --learning_rate=0.1", "variants.txt")
+    done = gpu_sh(tiny.parent, *argv.split(), JOBS="1")
+    commands = [command.splitlines() for command in done.stdout.split("END\n")]
+    (command,) = [words for words in commands if words[:2] == ["-m", "bench"]]
+    assert done.returncode == 0 and command[2] == name and done.stderr == ""
+    monkeypatch.chdir(tiny.parent)
+    assert bench.main(command[2:]) == 0
+    folder = tiny / argv.split()[0]
+    lines = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    assert len(lines) == measured and sum(bool(line.get("peer")) for line in lines) == with_peer
+    runs = [figure for line in lines for figure in line.get("ours") or [run["val_loss"] for run in line["runs"]]]
+    assert all(math.isfinite(run) and run >= 0 for run in runs) and "END" in (folder / "log.txt").read_text("utf-8")
+
+
+def test_nanogpt_runs_as_shipped_with_new_caches_and_its_checkpoint_is_earlier_than_its_end(tiny, peer):
+    """Of its flags only those are given that name the machine and the folder. It writes one file."""
+    config = BenchConfig(device="cpu", pairs=2, peer=str(peer), data_dir=str(tiny / "data"), target=4.0)
+    run = {**dict(flag[2:].split("=") for flag in RUN.split()), "dataset": "shakespeare_char", "warmup_iters": 0}
+    lines = {line["what"]: line for line in peers.recipe(run | {"gradient_accumulation_steps": 1}, config)}
+    commands = (peer / "command.txt").read_text(encoding="utf-8").splitlines()
+    assert [[word.partition("=")[0] for word in command.split()[:-1]] for command in commands] == [
+        [peers.PEER_CONFIG, "--out_dir", "--device", "--dtype"]
+    ] * 2
+    assert len({command.split()[-1] for command in commands}) == 2
+    loss, whole, best, compiled, size = lines.values()
+    assert compiled["ours"] == [0, 0] and compiled["peer"] == [1, 1] and loss["ours"][0] != loss["ours"][1]
+    assert all(0.2 <= end - saved < 5 for end, saved in zip(whole["peer"], best["peer"], strict=True))
+    assert all(0 < saved <= end for end, saved in zip(whole["ours"], best["ours"], strict=True))
+    assert loss["peer"][0] == loss["peer"][1] == pytest.approx(math.log(13), abs=0.1)
+    assert size["ours"] == [13 * 8 + 16 * 8 + 12 * 64 + 3 * 8] * 2 and ", at most 4.0" in measure.describe(loss)
+
+
+@pytest.mark.parametrize(
+    "argv, env, words",
+    [
+        ("", {}, "bench/gpu.sh tests "),
+        ("trian peer", {}, "bench/gpu.sh tests "),
+        ("train", {"QUILL_CORPORA": "nowhere"}, "gpu.sh: QUILL_CORPORA must be the folder of tinyshakespeare.txt"),
+        ("train", {"QUILL_CORPORA": ""}, "gpu.sh: QUILL_CORPORA must be the folder of tinyshakespeare.txt"),
+        ("train nowhere", {}, "nowhere: there is no train.py; give a checkout of nanoGPT"),
+        ("replay", {}, "gpu.sh: replay needs a checkout of nanoGPT"),
+        ("compare", {}, "gpu.sh: compare needs a file with a variant on each line"),
+        ("generate", {"OUT": "a_file"}, "a_file/generate: can't be written to"),
+        ("tests", {"DEVICE": "cuda"}, "gpu.sh: no test ran on the GPU"),
+    ],
+)
+def test_mistakes_of_gpu_sh(argv, env, words, write, tmp_path):
+    write("x", "tinyshakespeare.txt")
+    write("x", "a_file")
+    done = gpu_sh(tmp_path, *argv.split(), **env)
+    assert done.returncode == 2 and words in done.stdout + done.stderr
+
+
+def test_tests_on_a_gpu_are_counted(tmp_path):
+    """The arguments are printed by the stand-in for pytest, which runs twice."""
+    names = ["[cuda]", "[muon-cuda-3]", "[cpu]", "[cudax]", ""]
+    done = gpu_sh(tmp_path, "tests", *(f"PASSED tests/test_a.py::test_b{name}" for name in names))
+    assert done.returncode == 0 and done.stdout.endswith("4 tests ran on the GPU\n") and "PASSED" not in done.stdout
+    assert done.stdout.splitlines()[5:7] == ["-k", "cuda"]
+
+
 @pytest.mark.slow
 def test_generation_is_measured_beside_a_peer(peer, tmp_path, capsys):
     """Of every sort of generation one pair, each a positive speed; transformers too, where it is installed."""
@@ -277,34 +488,95 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "give one of train, loss, generate, start, counts, growth, ladder, compare, replay, faults"),
+        ([], "give one of train, xl, loss, generate, start, counts, growth, ladder, compare, replay, faults"),
         (["trian"], "give one of"),
         (["train", "--peer=nowhere"], "nowhere: there is no model.py"),
-        (["train", "--n_layer=3"], "--n_layer=3: not an option of python -m bench train"),
+        (["generate", "--n_layer=3"], "--n_layer=3: not an option of python -m bench generate"),
+        (["train", "--n_layre=3"], "there is no option n_layre"),
+        (["xl", "--seed=3"], "--seed: not with python -m bench xl"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
-        (["train", "config/names.py"], "config/names.py: python -m bench train takes options only"),
+        (["compare", "nowhere.txt", "config/names.py"], "nowhere.txt"),
+        (["compare", "config/names.py", "config/names32k.py", "--jobs=0"], "--jobs=0"),
+        (["compare", "config/names.py", "config/names32k.py", "--minutes=0"], "--minutes=0"),
+        (["compare", "config/names.py", "config/typo.py"], "typo.py: no such config file"),
+        (["train", "config/names.py"], "config/names.py: not an option of python -m bench train"),
         (["replay"], "replay: give a checkout of nanoGPT"),
         (["replay", "--dtype=bfloat16"], "it takes no cases and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
         (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16: on a CPU, is for python -m bench generate"),
         (["start", "--pairs=0"], "--pairs=0"),
         (["growth", "--gigabytes=0"], "--gigabytes=0"),
-        (["growth", "training"], "training: python -m bench growth takes options only"),
+        (["growth", "training"], "training: not an option of python -m bench growth"),
         (["growth", "--n_layer=3"], "--n_layer=3: not an option of python -m bench growth"),
         (
             ["compare", "config/names.py", "config/gpt2.py"],
             "losses on names, --val_split=val, and openwebtext, --val_split=val, can't be compared",
         ),
-        (["compare", "config/names.py", "config/names32k.py", "--seeds=1"], "two seeds or more"),
         (["compare", "config/names.py", "config/names32k.py", "--seed=7"], "--seed: not with python -m bench compare"),
         (["ladder", "config/ladder/typo.py"], "typo.py: no such config file"),
     ],
 )
-def test_mistakes(argv, words):
+def test_mistakes(argv, words, tmp_path):
+    """Each is one line, before anything is measured."""
+    with pytest.raises((UserError, FileNotFoundError)) as error:
+        bench.main([*argv, f"--out_dir={tmp_path}"])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("config/names.py --n_layre=3", "there is no option n_layre"),
+        ("config/names.py --n_embd=30", "--n_embd=30 is not divisible by --n_head=4"),
+        ("config/names.py --seed=3", "--seed: not with python -m bench compare"),
+        ("config/names.py --out_dir=x", "--out_dir: not with python -m bench compare"),
+        ("--n_layer=3", "--n_layer=3: give one config file"),
+        ("config/names.py\nconfig/names.py", "config/names.py: give different lines"),
+        ("", "takes two config files or more"),
+    ],
+)
+def test_mistakes_in_a_file_of_variants(line, words, write, tmp_path):
     with pytest.raises(UserError) as error:
-        bench.main(argv)
+        bench.main(["compare", str(write(line, "variants.txt")), f"--out_dir={tmp_path / 'bench'}"])
     assert words in str(error.value)
+
+
+def test_a_folder_that_can_t_be_written_to_is_reported_before_the_first_run(write, monkeypatch):
+    monkeypatch.setitem(bench.BENCHES, "generate", lambda config: pytest.fail("it ran"))
+    with pytest.raises(UserError, match="can't be written to"):
+        bench.main(["generate", f"--out_dir={write('a file')}"])
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+    speeds = iter([[100.0, 1.0], [300.0]])
+
+    def generate(config):
+        yield from measure.in_turn(config, {"speed": "tokens/s", "time": "s"}, lambda: next(speeds))
+        pytest.fail("there is no third run")
+
+    monkeypatch.setitem(bench.BENCHES, "generate", generate)
+    with pytest.raises(RuntimeError):  # how a generator reports the StopIteration of `next`
+        bench.main(["generate", "--pairs=3", f"--out_dir={tmp_path}"])
+    speed, time = json.loads((tmp_path / "generate.json").read_text(encoding="utf-8"))["results"]
+    assert speed["ours"] == [100, 300] and time["ours"] == [1]
+    *_, a, b, _ = capsys.readouterr().out.splitlines()
+    assert a == "speed: 200 (100–300) tokens/s (n = 2)" and b == "time: 1 s (n = 1)"
+
+
+@pytest.mark.parametrize(
+    "unit, text",
+    [
+        ("s", "a: 2.5 (1–4) s, peer 3.5 (3–4), ratio 2 (1–3) (n = 2)"),
+        ("tokens/s", "a: 2.5 (1–4) tokens/s, peer 3.5 (3–4), ratio 0.6667 (0.3333–1) (n = 2)"),
+        ("files", "a: 2.5 (1–4) files, peer 3.5 (3–4) (n = 2)"),
+        ("nats", "a: 2.5 (1–4) nats, mean 2.5000, NOT at most 2.4, peer 3.5 (3–4), ratio 2 (1–3) (n = 2)"),
+    ],
+)
+def test_a_line_by_hand(unit, text):
+    """A ratio compares the runs of a pair, and is above 1 where ours is better."""
+    line = {"what": "a", "unit": unit, "ours": [1, 4], "peer": [3, 4], "target": 2.4}
+    assert measure.describe(line) == text
 
 
 def test_power_is_numpy_s_slope():
@@ -389,19 +661,19 @@ def test_what_generating_reads_is_counted(in_process, monkeypatch):
 
 
 def test_a_step_of_growth_by_hand(monkeypatch):
-    """Its cost is that of `flops_per_token`, and its time is that of the last evaluation's half of the run."""
+    """Its cost is that of `flops_per_token`, and its time is that of a step after the first quarter of the run."""
     asked = {}
 
-    def train(options):
-        asked.update(options)
-        return 99.0, [{"tokens_per_s": "1"}, {"tokens_per_s": "1024"}]
+    def seconds_to_lines(starts, argv, cwd):
+        asked.update(arg[2:].split("=") for arg in argv[1:])
+        return [5.0, 5.0 + int(starts[1][5:-1]) - int(starts[0][5:-1])], 0.0  # a second for each step
 
-    monkeypatch.setattr(measure, "train", train)
+    monkeypatch.setattr(measure, "seconds_to_lines", seconds_to_lines)
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
     flops, seconds = growth.step(shape | {"data_dir": "x"})
-    assert flops == 6 * (65 * 8 + 12 * 8 * 8 + 3 * 8) + 12 * 8 * 16 and seconds == growth.TOKENS / 1024
-    assert asked["batch_size"] * asked["block_size"] == growth.TOKENS and asked["gradient_accumulation_steps"] == 1
-    assert asked["max_iters"] == 2 * asked["eval_interval"] >= 6
+    assert flops == 6 * (65 * 8 + 12 * 8 * 8 + 3 * 8) + 12 * 8 * 16 and seconds == 1
+    assert int(asked["batch_size"]) * 16 == growth.TOKENS and asked["gradient_accumulation_steps"] == "1"
+    assert int(asked["max_iters"]) == 4 * int(asked["log_interval"]) + 1 >= 9
 
 
 @needs_corpora
