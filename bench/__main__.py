@@ -38,8 +38,8 @@ from quill.files import folder_lock, replacing
 from quill.machine import pick_machine
 from quill.options import BenchConfig, TrainConfig
 
-BENCHES = {"train": peers.train, "xl": peers.xl, "loss": peers.recipe, "generate": peers.generate}
-BENCHES |= {"start": peers.start, "counts": counts, "growth": growth, "ladder": ladder, "compare": compare}
+BENCHES = {"train": peers.train, "xl": peers.xl, "loss": peers.loss, "generate": peers.generate, "start": peers.start}
+BENCHES |= {"counts": counts, "growth": growth, "ladder": ladder, "compare": compare}
 CHECKS = ["replay", "faults"]  # tests, which lie in tests/
 WITH_PATHS, WITH_OPTIONS = ("ladder", "compare", *CHECKS), ("train", "xl", "loss", "ladder", "compare")  # of train.py
 
@@ -79,10 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def with_full_paths(config: BenchConfig) -> BenchConfig:
-    """Make the folders absolute, because the runs start in quill's folder, wherever the bench was started.
-
-    Raise a UserError unless `--peer` is empty or the folder of a nanoGPT checkout.
-    """
+    """Make the folders absolute, as runs start in quill's folder. Raise a UserError if `--peer` is not nanoGPT's."""
     folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
     config = replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
     for file in ("model.py", "train.py") if config.peer else ():

@@ -26,7 +26,7 @@ TITLE = "validation loss, nats a character; a dot is the mean of the runs, a bar
 
 
 def compare(paths: list[str], given: Options, config: BenchConfig) -> Lines:
-    """Train variants with the same seeds, and rank them by their last loss. Yield a variant's line after each run.
+    """Train variants with the same seeds, and rank them.
 
     paths: config files, or .txt files of which a line is what follows `python train.py`. given: options for all runs.
     """
@@ -44,19 +44,14 @@ def compare(paths: list[str], given: Options, config: BenchConfig) -> Lines:
             splits.add(f"{run.dataset}, --val_split={run.val_split},")
     check(len(variants) > 1, "compare takes two config files or more, or a .txt file with a line for each variant")
     check(len(splits) == 1, f"losses on {' and '.join(sorted(splits))} can't be compared")
-    lines = {}
-    for line in train_variants("compare", variants, config):
-        lines[line["name"]] = line
-        yield line
-    ranked = sorted(lines.values(), key=lambda line: line.get("val_loss", math.inf))
-    print(*(describe_variant(line, lines[next(iter(variants))]) for line in ranked), sep="\n")
+    yield from train_variants("compare", variants, config)
 
 
 def train_variants(bench: str, variants: dict[str, tuple[str, Options]], config: BenchConfig) -> Lines:
-    """Train variants, {name: (config file, options)}, with seeds 1, 2, … Yield a variant's line after each of its runs.
+    """Train variants, {name: (config file, options)}, with seeds 1, 2, …, and rank them by their last loss.
 
-    A run that an earlier call left unfinished is resumed. One that fails does not stop the others, and after
-    `--minutes` none is started: `problems` in the line tells.
+    Yield a variant's line after each of its runs. A run that an earlier call left unfinished is resumed. One that fails
+    does not stop the others, and after `--minutes` none is started: `problems` in the line tells.
     """
     end = time.monotonic() + 60 * config.minutes
     lines: list[Line] = [{"name": name, "runs": [], "problems": []} for name in variants]
@@ -75,25 +70,30 @@ def train_variants(bench: str, variants: dict[str, tuple[str, Options]], config:
         for (line, _), result in zip(cases, (pool.map if config.jobs > 1 else map)(run, cases), strict=True):
             line["problems" if isinstance(result, str) else "runs"].append(result)
             if runs := line["runs"]:
-                losses, seconds = ([run[key] for run in runs] for key in ("val_loss", "seconds"))
+                losses = [run["val_loss"] for run in runs]
                 line |= {"val_loss": statistics.mean(losses), "spread": max(losses) - min(losses)}
-                line |= {"seconds": statistics.median(seconds), "parameters": runs[0]["parameters"]}
+                line |= {
+                    "seconds": statistics.median(run["seconds"] for run in runs),
+                    "parameters": runs[0]["parameters"],
+                }
             print(describe_variant(line), flush=True)
             yield line
+    for line in sorted(lines, key=lambda line: line.get("val_loss", math.inf)):
+        print(describe_variant(line, lines[0]))
 
 
 def describe_variant(line: Line, first: Line | None = None) -> str:
     """Return a variant's figures and problems. With `first`, say which is better, from runs with the same seed."""
-    text, runs = f"{line['name']}: ", line["runs"]
+    texts, runs = [], line["runs"]
     if runs:
-        text += f"val loss {line['val_loss']:.4f} (spread {line['spread']:.4f}, n = {len(runs)}), best "
-        text += "{best_loss:.4f} at step {best_step}, ".format(**min(runs, key=lambda run: run["best_loss"]))
-        text += f"{line['parameters']:,} parameters, {line['seconds']:.1f} s"
-    losses = {run["seed"]: run["val_loss"] for run in first["runs"]} if first and first is not line else {}
-    differences = [run["val_loss"] - losses[run["seed"]] for run in runs if run["seed"] in losses]
+        best = min(runs, key=lambda run: run["best_loss"])
+        texts.append(f"val loss {line['val_loss']:.4f} (spread {line['spread']:.4f}, n = {len(runs)})")
+        texts.append(f"best {best['best_loss']:.4f} at step {best['best_step']}, {line['seconds']:.1f} s")
+    others = {run["seed"]: run["val_loss"] for run in first["runs"]} if first and first is not line else {}
+    differences = [run["val_loss"] - others[run["seed"]] for run in runs if run["seed"] in others]
     if len(differences) > 1:
-        text += f", {verdict(*interval(differences))}"
-    return "; ".join([text, *line["problems"][:1]])
+        texts.append(verdict(*interval(differences)))
+    return f"{', '.join(texts + line['problems'][:1])}: {line['name']}"
 
 
 def verdict(difference: float, margin: float) -> str:
@@ -140,8 +140,8 @@ def ladder(paths: list[str], given: Options, config: BenchConfig) -> Lines:
     for line in train_variants("ladder", {path.stem: (str(path), given) for path in rungs}, config):
         lines[line["name"]] = line
         yield line
-    problems = [problem for line in lines.values() for problem in line.get("problems", [])]
-    check(not problems, "".join(problems[:1]))
+    if any(line.get("problems") for line in lines.values()):
+        return
     as_shipped = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
     folder = ROOT / "docs" if as_shipped else Path(config.out_dir)
     with replacing(folder / "ladder.svg") as (file,):

@@ -1,7 +1,6 @@
-"""Generate with random weights: quill's model, nanoGPT's, or transformers' GPT-2. Options and result are JSON.
+"""Generate with random weights: quill's model or nanoGPT's. Options and result are JSON.
 
-On a GPU, all compute in `dtype`, nanoGPT by autocast as in its sample.py. On a CPU, nanoGPT and transformers compute in
-float32, where transformers is faster.
+On a GPU, both compute in `dtype`, nanoGPT by autocast as in its sample.py. On a CPU, nanoGPT computes in float32.
 """
 
 if __name__ == "__main__":
@@ -48,23 +47,7 @@ def nanogpt_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: st
     return autocast(nanogpt.GPT(config).eval().to(device).generate)
 
 
-def transformers_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: str) -> Generate:
-    """transformers' GPT-2 with its cache."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
-
-    shape["n_positions"] = shape.pop("block_size")
-    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=None, **shape)).eval()
-    model.to(device, getattr(torch, dtype) if torch.device(device).type == "cuda" else torch.float32)
-
-    def draw(idx, tokens, **options):
-        out = model.generate(idx, max_new_tokens=tokens, do_sample=True, pad_token_id=0, **options)
-        assert out.shape[1] == idx.shape[1] + tokens
-        return out
-
-    return draw
-
-
-MODELS = {"quill": quill_model, "nanogpt": nanogpt_model, "transformers": transformers_model}
+MODELS = {"quill": quill_model, "nanogpt": nanogpt_model}
 
 
 def main(model: str, batch_size: int, tokens: int, **options: Any) -> float:

@@ -63,10 +63,7 @@ def generation(rows: int, tokens: int, block_size: int, config: BenchConfig) -> 
 
 
 def growth(config: BenchConfig) -> Lines:
-    """Measure every series, with `--quick` at its first two sizes only, and draw docs/growth.svg.
-
-    With `--quick` or --dtype, the picture goes to `--out_dir`.
-    """
+    """Measure all series, with --quick two sizes of each. Draw docs/growth.svg, with options one in `--out_dir`."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for what, by, points in list_series(config, Path(folder)):
@@ -102,9 +99,13 @@ def draw(lines: list[Line]) -> str:
         xs, costs, ys = logs
         curve = " ".join(f"{x:.1f},{-y:.1f}" for x, y in zip(xs, costs, strict=True))
         parts.append(f'<g transform="translate({30 + i % 3 * 310} {250 + i // 3 * 310})">')
-        parts.append('<path d="M-10 -180V10H200" fill="none" stroke="#8884"/>')
+        ten = scale * math.log(10)  # a factor of 10, in pixels
+        ticks = "".join(f"M{i * ten:.1f} 10v5M-10 {-i * ten:.1f}h-5" for i in range(int(181 / ten) + 1))
+        parts.append(f'<path d="M-10 -180V10H200{ticks}" fill="none" stroke="#8884"/>')
         parts.append(f'<polyline points="{curve}" fill="none" stroke="#c73" stroke-width="3"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{-y:.1f}" r="5" fill="#36c"/>' for x, y in zip(xs, ys, strict=True)]
         words = enumerate(describe(line))
         parts += [*(f'<text x="-10" y="{30 + 16 * j}" class="small">{text}</text>' for j, text in words), "</g>"]
-    return picture("Growth", "time by size, on logarithmic scales: dots are measured, lines expected", 940, 640, parts)
+    return picture(
+        "Growth", "time by size, a tick for a factor of 10; dots: measured, lines: expected", 940, 640, parts
+    )

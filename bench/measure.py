@@ -27,11 +27,12 @@ from quill.options import BenchConfig, Options, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 Line = dict[str, Any]  # one result: what was measured and its figures
+Run = Callable[[], Sequence[float]]  # measures once. → figures
 Lines = Iterator[Line]  # what a bench yields: each line when it is new, and again when it has another figure
 
 
 def full_path(path: str) -> str:
-    """Make the path of a file absolute, as runs start in quill's folder; one that is not there stays as it is."""
+    """Make the path of a file absolute. One that is not there may be in quill's folder, where runs start."""
     return str(Path(path).resolve()) if Path(path).is_file() else path
 
 
@@ -60,21 +61,15 @@ def as_flags(options: Options) -> list[str]:
 
 
 def cold_run(argv: Iterable[Any], best: Path, cwd: Path | str = ROOT) -> tuple[list[float], str]:
-    """Run `python *argv` with empty caches of compiled code. → figures, what it printed
-
-    The figures: its seconds, those from the command to the last version of the file `best`, files that it compiled.
-    """
+    """Run `python *argv` with empty compile caches. → [seconds, those to the last `best`, files compiled], output"""
     with TemporaryDirectory() as folder:
         caches = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
         began, (seconds, out) = time.time(), process(argv, cwd, **caches)
         return [seconds, best.stat().st_mtime - began, sum(path.is_file() for path in Path(folder).rglob("*"))], out
 
 
-def seconds_to_lines(starts: Sequence[str], argv: Iterable[Any], cwd: Path | str = ROOT) -> tuple[list[float], float]:
-    """Run `python *argv` until it has printed lines that start with `starts`, in this order.
-
-    → the seconds to each, and the GB of the GPU's memory that all processes use at the end
-    """
+def seconds_to_lines(starts: Sequence[str], argv: Iterable[Any], cwd: Path | str = ROOT) -> list[float]:
+    """Run `python *argv` until it has printed lines with these `starts`. → seconds to each, and a GPU's GB in use"""
     argv, seconds, line = [sys.executable, "-u", *map(str, argv)], [], ""
     began, pipe = time.perf_counter(), subprocess.PIPE
     with subprocess.Popen(argv, cwd=cwd, encoding="utf-8", stdout=pipe, stderr=subprocess.STDOUT) as running:
@@ -83,32 +78,29 @@ def seconds_to_lines(starts: Sequence[str], argv: Iterable[Any], cwd: Path | str
                 seconds.append(time.perf_counter() - began)
             if len(seconds) == len(starts):
                 break
-        free, total = torch.cuda.mem_get_info() if torch.cuda.is_initialized() else (0, 0)
+        memory = [torch.cuda.mem_get_info()] if torch.cuda.is_initialized() else []
         running.kill()
     check(len(seconds) == len(starts), f"{argv[2]} ended before it printed {starts[-1]}: {line.strip()}")
-    return seconds, (total - free) / 1e9
+    return seconds + [(total - free) / 1e9 for free, total in memory]
 
 
 def training_speed(
     options: Options, quarter: int, argv: Sequence[str] = ("train.py",), start: str = "step {}/", cwd: str | Path = ROOT
 ) -> list[float]:
-    """Train four times `quarter` steps, without an evaluation. → tokens/s without the first quarter, GPU memory in GB
-
-    start: what the line about a step starts with.
-    """
+    """Train four times `quarter` steps, of which a line has `start`. → [tokens/s after the first quarter, GPU's GB]"""
     rows = {"gradient_accumulation_steps": 1, "eval_iters": 1, "eval_interval": 10**6, "max_iters": 4 * quarter + 1}
     with TemporaryDirectory() as folder:
         flags = as_flags(rows | options | {"log_interval": quarter, "out_dir": folder})
         lines = [start.format(quarter), start.format(4 * quarter)]
-        (began, ended), memory = seconds_to_lines(lines, [*argv, *flags], cwd)
-    return [3 * quarter * options["batch_size"] * options["block_size"] / (ended - began), memory]
+        began, ended, *memory = seconds_to_lines(lines, [*argv, *flags], cwd)
+    return [3 * quarter * options["batch_size"] * options["block_size"] / (ended - began), *memory]
 
 
 def start_seconds(options: Options) -> float:
     """Return the seconds from `python train.py` to its first step's line."""
     with TemporaryDirectory() as folder:
         options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
-        return seconds_to_lines(["step 1/"], ["train.py", *as_flags(options)])[0][0]
+        return seconds_to_lines(["step 1/"], ["train.py", *as_flags(options)])[0]
 
 
 def write_text(path: Path, size: float, config: BenchConfig) -> None:
@@ -128,7 +120,7 @@ def train_or_resume(path: str, given: Options, seed: int, name: str, config: Ben
     """Train config `path` with the options `given` in `--out_dir`/`name`-`seed`, or resume the run there.
 
     A run that is finished is not trained again. Raise a UserError if the folder has a run with other options.
-    → the run's figures: its seed, last and best validation loss, the step of the best, seconds, median speed
+    → the run's figures: its seed, last and best validation loss, the step of the best, parameters, seconds
     """
     out_dir = f"{config.out_dir}/{name}-{seed}"
     options = given | {"seed": seed, "data_dir": config.data_dir, "out_dir": out_dir, "init_from": "auto"}
@@ -142,10 +134,16 @@ def train_or_resume(path: str, given: Options, seed: int, name: str, config: Ben
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
     process(["train.py", path, *as_flags(options)])
     rows = [{key: float(value) for key, value in row.items()} for row in read_metrics(out_dir)]
-    best, state = min(rows, key=lambda row: row["val_loss"]), checkpoint.load(f"{out_dir}/best.pt")
-    run = {"seed": seed, "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows)}
-    run |= {"parameters": checkpoint.load_model(state).num_params()}
-    run |= {"best_loss": best["val_loss"], "best_step": int(best["step"])}
+    best, model = (
+        min(rows, key=lambda row: row["val_loss"]),
+        checkpoint.load_model(checkpoint.load(f"{out_dir}/best.pt")),
+    )
+    run = {
+        "seed": seed,
+        "best_loss": best["val_loss"],
+        "best_step": int(best["step"]),
+        "parameters": model.num_params(),
+    }
     return run | {key: rows[-1][key] for key in ("val_loss", "seconds")}
 
 
@@ -183,16 +181,10 @@ def hardware(config: BenchConfig) -> str:
     return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
 
 
-def in_turn(
-    config: BenchConfig,
-    units: dict[str, str],
-    ours: Callable[[], Sequence[float]],
-    peer: Callable[[], Sequence[float]] | None = None,
-) -> Lines:
+def in_turn(config: BenchConfig, units: dict[str, str], ours: Run, peer: Run | None = None) -> Lines:
     """Measure `ours()` and, with `--peer`, `peer()` alternately, `--pairs` times each, and print each figure.
 
-    units: {what is measured: its unit}. Both return a figure for each of these; the peer may leave out the last ones.
-    Yield a line for each, again whenever it has another figure.
+    Yield a line for each of `units`, {what: unit}, again whenever it has another figure. The peer may have fewer.
     """
     lines: list[Line] = [{"what": what, "unit": unit, "ours": [], "peer": []} for what, unit in units.items()]
     for _ in range(config.pairs):
@@ -204,10 +196,7 @@ def in_turn(
 
 
 def describe(line: Line) -> str:
-    """Return a line's medians and ranges, and the ratio of the runs of a pair, which is above 1 where ours is better.
-
-    Of losses, give the mean too, and whether it is as low as the line's target.
-    """
+    """Return a line's medians and ranges, means of losses, and ratios in pairs, which are above 1 if ours is better."""
     ours, peer, unit, target = line["ours"], line["peer"], line["unit"], line.get("target")
     text = f"{line['what']}: {span(ours)} {unit}"
     if unit == "nats":
@@ -215,10 +204,9 @@ def describe(line: Line) -> str:
         text += f", {'at most' if statistics.mean(ours) <= target else 'NOT at most'} {target}" if target else ""
     if peer:
         text += f", peer {span(peer)}"
-        if unit in ("s", "nats", "tokens/s"):
-            text += (
-                f", ratio {span([a / b if unit == 'tokens/s' else b / a for a, b in zip(ours, peer, strict=False)])}"
-            )
+    if peer and unit in ("s", "nats", "tokens/s"):
+        ratios = [a / b if unit == "tokens/s" else b / a for a, b in zip(ours, peer, strict=False)]
+        text += f", ratio {span(ratios)}"
     return f"{text} (n = {len(ours)})"
 
 

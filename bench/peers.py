@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from timeit import repeat
@@ -31,15 +30,13 @@ GPT2_IDS = 50257
 
 
 def train(given: Options, config: BenchConfig) -> Lines:
-    """Measure tokens per second of training, without evaluations, at the laptop recipe's shape and at 10.7M parameters.
+    """Measure training without evaluations, of two shapes; on a GPU, of 10.7M parameters and, ours alone, of GPT-2.
 
-    On a GPU: at 10.7M with nanoGPT's batch of 64, compiled; and ours alone at GPT-2's smallest shape. given: train.py's
-    options for our runs.
+    given: options of our runs.
     """
     gpu, data = on_gpu(config), {"dataset": "shakespeare_char", "data_dir": config.data_dir}
-    shapes = [("laptop shape", LAPTOP, 50), ("10.7M shape", SHAKESPEARE_10M, 2)]
-    if gpu:
-        shapes = [("10.7M shape, batch 64", SHAKESPEARE_10M | {"batch_size": 64}, 100)]
+    on_cpu = [("laptop shape", LAPTOP, 50), ("10.7M shape", SHAKESPEARE_10M, 2)]
+    shapes = [("10.7M shape, batch 64", SHAKESPEARE_10M | {"batch_size": 64}, 100)] if gpu else on_cpu
     for name, shape, quarter in shapes:
         options = shape | {"learning_rate": 1e-3, "warmup_iters": 100}
         theirs = options | {"compile": gpu} | peer_machine_options(config)
@@ -50,7 +47,7 @@ def train(given: Options, config: BenchConfig) -> Lines:
 
 
 def xl(given: Options, config: BenchConfig) -> Lines:
-    """Measure training at the shape of GPT-2 XL, with activation checkpointing. given: train.py's options."""
+    """Measure training of GPT-2 XL with activation checkpointing. given: options of our runs."""
     yield from random_tokens("GPT-2 XL", GPT2_XL | given, 3, config)
 
 
@@ -65,22 +62,19 @@ def random_tokens(name: str, options: Options, quarter: int, config: BenchConfig
 
 
 def training(name: str, options: Options, quarter: int, config: BenchConfig, peer: Any = None, ids: int = 65) -> Lines:
-    """Measure tokens per second of four times `quarter` steps, and which share of the card's rates of FLOPs they take.
-
-    One rate is that of a large product of two matrices, measured after each run; the other is the data sheet's peak.
-    """
+    """Measure tokens/s of four times `quarter` steps, and their shares of the measured product rate and of the peak."""
     options = options | machine_options(config)
-    machine = pick_machine(TrainConfig(**options))
-    flops, what = measure.outline(options, ids).flops_per_token(), f"training, {name}"
-    units = {what: "tokens/s", f"{what}, memory in use on the GPU": "GB", "product of two large matrices": "TFLOP/s"}
-    units |= {f"{what}, share": "of this rate", f"{what}, MFU": "of the data sheet's half-precision peak"}
+    machine, what = pick_machine(TrainConfig(**options)), f"training, {name}"
+    flops, gpu = measure.outline(options, ids).flops_per_token(), machine.device.type == "cuda"
+    units = {what: "tokens/s"} | ({f"{what}, memory in use": "GB"} if gpu else {})
+    units |= {"product of two large matrices": "TFLOP/s", f"{what}, share": "of this rate"}
+    units |= {f"{what}, MFU": "of the data sheet's half-precision peak"}
 
     def ours():
-        (speed, memory), rate = (
-            measure.training_speed(options, quarter),
-            product_rate(machine, 8192 if on_gpu(config) else 1024),
-        )
-        return [speed, memory, rate / 1e12, *(speed * flops / full for full in (rate, machine.peak_flops) if full)]
+        speed, *memory = measure.training_speed(options, quarter)
+        rate = product_rate(machine, 8192 if gpu else 1024)
+        shares = [speed * flops / full for full in (rate, machine.peak_flops) if full]
+        return [speed, *memory, rate / 1e12, *shares]
 
     yield from in_turn(config, units, ours, peer)
 
@@ -109,14 +103,12 @@ def read_bandwidth(machine: Machine, size: int = 2**27) -> float:
 
 
 def generate(config: BenchConfig) -> Lines:
-    """Measure tokens per second of `generate` within the block: random weights, temperature 0.8, top-k 50.
-
-    nanoGPT draws one sample at a time, so its batch is always 1. Where transformers is installed and a peer is given,
-    single samples are compared with transformers' too.
-    """
-    machine = pick_machine(config)
-    small = {key: SHAKESPEARE_10M[key] for key in GPT2}
-    many = 64 if on_gpu(config) else 16
+    """Measure tokens/s with random weights, temperature 0.8, top-k 50. nanoGPT draws one sample at a time."""
+    machine, many, small = (
+        pick_machine(config),
+        64 if on_gpu(config) else 16,
+        {key: SHAKESPEARE_10M[key] for key in GPT2},
+    )
     for name, shape, vocab_size, rows, tokens in (
         ("10.7M, one sample", small, 65, 1, 250),
         (f"10.7M, {many} samples", small, 65, many, 250),
@@ -125,26 +117,23 @@ def generate(config: BenchConfig) -> Lines:
         options = {"shape": shape, "vocab_size": vocab_size, "tokens": tokens} | peer_machine_options(config)
         weights = 12 * shape["n_layer"] * shape["n_embd"] ** 2 + vocab_size * shape["n_embd"]
 
-        def speed(model, options=options, **others):
-            return [measure.program("bench.generation", model=model, **({"batch_size": 1} | options | others))]
+        def speed(options=options, **others):
+            return [measure.program("bench.generation", **(options | others))]
 
         def ours(speed=speed, rows=rows, size=weights * machine.dtype.itemsize):
-            (tokens_per_s,) = speed("quill", batch_size=rows, dtype=config.dtype)
+            (tokens_per_s,) = speed(model="quill", batch_size=rows, dtype=config.dtype)
             return [tokens_per_s, tokens_per_s / rows * size / read_bandwidth(machine)]
 
         what = f"generation, {name}"
         units = {f"{what} (peer one at a time)": "tokens/s", f"{what}, weights read": "of the memory's read bandwidth"}
-        yield from in_turn(config, units, ours, partial(speed, "nanogpt", peer=config.peer))
-        if config.peer and rows == 1 and find_spec("transformers"):
-            units = {f"{what}, with transformers as the peer": "tokens/s"}
-            yield from in_turn(config, units, ours, partial(speed, "transformers"))
+        yield from in_turn(config, units, ours, partial(speed, model="nanogpt", batch_size=1, peer=config.peer))
 
 
-def recipe(given: Options, config: BenchConfig) -> Lines:
-    """Measure the whole process of `--recipe`, nanoGPT's laptop recipe for the peer, and the best full-split loss.
+def loss(given: Options, config: BenchConfig) -> Lines:
+    """Measure the best full-split loss and the whole process of `--recipe`, with empty compile caches.
 
-    Neither finds compiled code in a cache. On a GPU, the peer runs its own config for Tiny Shakespeare as shipped. given:
-    train.py's options for our runs, which have seeds 1, 2, …; the peer's seed is always the same.
+    The peer runs nanoGPT's laptop recipe, on a GPU its config for Tiny Shakespeare as shipped, always with the same
+    seed. Our runs have the options `given` and seeds 1, 2, …
     """
     seeds = count(1)
 
@@ -156,28 +145,20 @@ def recipe(given: Options, config: BenchConfig) -> Lines:
             loss = min(float(row["val_loss"]) for row in measure.read_metrics(folder))
         return [loss, *figures, int(re.findall(r"([\d,]+) parameters on", out)[0].replace(",", ""))]
 
-    units = {"best full-split val loss": "nats", f"{config.recipe}, whole process": "s"}
-    units |= {
-        "from the command to the best checkpoint": "s",
-        "compiled files, at the start none": "files",
-        "size": "parameters",
-    }
+    units = {"best full-split val loss": "nats", f"{config.recipe}, whole process": "s", "to its best checkpoint": "s"}
+    units |= {"compiled, at the start none": "files", "size": "parameters"}
     for line in in_turn(config, units, ours, partial(peer_recipe_run, config)):
-        if line["unit"] == "nats" and config.target:
-            line["target"] = config.target
+        line["target"] = config.target
         yield line
 
 
 def peer_recipe_run(config: BenchConfig) -> list[float]:
-    """Run nanoGPT's recipe once. → the validation loss of its checkpoint, which is of its best evaluation, and times
-
-    nanoGPT estimates its loss on random batches. Ours evaluates the checkpoint on the whole split.
-    """
+    """Run nanoGPT's recipe once, and evaluate its checkpoint, of its best estimate, on the whole split. → figures"""
     with tempfile.TemporaryDirectory() as folder:
         # nanoGPT's README, "I only have a macbook".
         laptop = LAPTOP | {"eval_iters": 20, "log_interval": 1, "max_iters": 2000, "lr_decay_iters": 2000}
-        laptop = {} if on_gpu(config) else laptop | {"compile": False}
-        argv = ["train.py", PEER_CONFIG, *as_flags(laptop | {"out_dir": folder} | peer_machine_options(config))]
+        recipe = {} if on_gpu(config) else laptop | {"compile": False}
+        argv = ["train.py", PEER_CONFIG, *as_flags(recipe | {"out_dir": folder} | peer_machine_options(config))]
         figures, _ = cold_run(argv, Path(folder) / "ckpt.pt", config.peer)
         options = {"init_from": f"{folder}/ckpt.pt", "dataset": "shakespeare_char", "data_dir": config.data_dir}
         _, out = process(["train.py", *as_flags(options | machine_options(config)), "--eval_only"])
@@ -187,11 +168,10 @@ def peer_recipe_run(config: BenchConfig) -> list[float]:
 def start(config: BenchConfig) -> Lines:
     """Measure from the command to the first step's line, on prepared data, and `import torch` alone, in turn."""
     options = LAPTOP | {"dataset": "shakespeare_char", "data_dir": config.data_dir} | machine_options(config)
-    program = ["-c", "import torch; print('done', flush=True)"]
 
     def ours():
-        first_step = measure.start_seconds(options)
-        ((alone,), _) = measure.seconds_to_lines(["done"], program)
-        return [first_step, alone, first_step - alone]
+        first = measure.start_seconds(options)
+        alone = measure.seconds_to_lines(["done"], ["-c", "import torch; print('done')"])[0]
+        return [first, alone, first - alone]
 
     yield from in_turn(config, {"start-up to the first step": "s", "import torch": "s", "the difference": "s"}, ours)

@@ -14,7 +14,6 @@ import xml.etree.ElementTree
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +78,17 @@ def test_a_process_and_its_failure():
         measure.process(["prepare.py", "nonsense"])
 
 
+def test_a_process_is_ended_after_its_last_line_that_counts(monkeypatch):
+    """A GPU's memory in use is read while the process is still there."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10e9, 80e9))
+    program = "import time\nprint('step 1/')\ntime.sleep(0.2)\nprint('step 12/')\ntime.sleep(100)"
+    first, last, memory = measure.seconds_to_lines(["step 1/", "step 12/"], ["-c", program])
+    assert 0.2 <= last - first < 5 and memory == 70
+    with pytest.raises(UserError, match="-c ended before it printed step 2/: too early"):
+        measure.seconds_to_lines(["step 2/"], ["-c", "print('step 1/')\nprint('too early')"])
+
+
 def test_paired_interval_by_hand():
     """Differences 1, 2, 3: mean 2, standard error 1/√3, t of 2 degrees of freedom 4.303."""
     mean, margin = interval([1, 2, 3])
@@ -118,9 +128,9 @@ def test_compare_trains_both_resumes_and_tells_them_apart(variants, in_process, 
     fast, slow = json.loads((tmp_path / "bench" / "compare.json").read_text(encoding="utf-8"))["results"]
     losses = [[run["val_loss"] for run in side["runs"]] for side in (fast, slow)]
     difference = statistics.mean(losses[1]) - statistics.mean(losses[0])
-    *_, ranked_first, ranked_last, hardware = first.splitlines()
-    assert ranked_first.startswith(f"fast: val loss {statistics.mean(losses[0]):.4f} (spread ")
-    assert ranked_last.startswith("slow: ") and f"worse than the first by {difference:.4f} ± " in ranked_last
+    *_, best, worst, hardware = first.splitlines()
+    assert best.startswith(f"val loss {statistics.mean(losses[0]):.4f} (spread ") and best.endswith(" s: fast")
+    assert f", worse than the first by {difference:.4f} ± " in worst and worst.endswith(": slow")
     assert losses[0][0] != losses[0][1] and hardware.endswith("compare.json")
     assert [run["best_step"] for run in fast["runs"]] == [30] * 3 and fast["parameters"] > 6000
     before = (tmp_path / "bench" / "compare" / "fast-1" / "last.pt").stat().st_mtime_ns
@@ -140,8 +150,8 @@ def test_variants_of_a_file_are_ranked_and_a_failed_one_is_a_line(variants, in_p
     (tmp_path / "bench" / "compare" / f"{folder}-1").touch()
     assert bench.main(["compare", str(listed), "--seeds=1", *variants]) == 1
     *_, a, b, c, _ = capsys.readouterr().out.splitlines()
-    assert a.startswith(f"{names[1]}: val loss") and b.startswith(f"{names[0]}: val loss")
-    assert c.startswith(f"{names[2]}: ; seed 1: train.py {path} in ") and "can't be" in c
+    assert a.startswith("val loss") and a.endswith(f": {names[1]}") and b.endswith(f" s: {names[0]}")
+    assert c.startswith(f"seed 1: train.py {path} in ") and c.endswith(f": {names[2]}")
     bench.main(["compare", str(listed), "--seeds=1", "--minutes=1e-9", *variants])
     assert capsys.readouterr().out.count("seed 1: not started, as --minutes=1e-09 were over") == 6
 
@@ -159,7 +169,7 @@ def test_several_runs_at_a_time(variants, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "train_or_resume", train_or_resume)
     argv = ["compare", str(tmp_path / "fast.py"), str(tmp_path / "slow.py"), "--seeds=4", "--jobs=2", *variants]
     bench.main(argv)
-    assert "slow: val loss 2.7500 (spread 3.0000, n = 4), best 1.2500 at step 1" in capsys.readouterr().out
+    assert "val loss 2.7500 (spread 3.0000, n = 4), best 1.2500 at step 1, 1.0 s, " in capsys.readouterr().out
     report = json.loads((tmp_path / "bench" / "compare.json").read_text(encoding="utf-8"))
     assert [[run["seed"] for run in line["runs"]] for line in report["results"]] == [[1, 2, 3, 4]] * 2
 
@@ -256,8 +266,8 @@ def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, in_p
     keep = [flag for flag in flags(max_iters=2) if not flag.startswith(("--data_dir", "--out_dir"))]
     argv = ["ladder", str(RUNGS[0]), "--seeds=1", next(flag for flag in flags() if flag.startswith("--data_dir"))]
     bench.main([*argv, f"--out_dir={tmp_path}", *keep])
-    with pytest.raises(UserError, match="0_bigram-1 has a run with another max_iters, learning_rate"):
-        bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"])
+    assert bench.main([*argv, f"--out_dir={tmp_path}", *keep, "--learning_rate=0.02", "--max_iters=3"]) == 1
+    assert "0_bigram-1 has a run with another max_iters, learning_rate" in capsys.readouterr().out
 
 
 def test_shares_of_the_peak_and_of_the_product_rate_by_hand(in_process, monkeypatch):
@@ -267,10 +277,10 @@ def test_shares_of_the_peak_and_of_the_product_rate_by_hand(in_process, monkeypa
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "batch_size": 2}
     config = BenchConfig(pairs=2, device="cpu", dtype="bfloat16")
     monkeypatch.setattr(peers, "GPT2_IDS", 300)
-    *_, speed, memory, rate, share, mfu = peers.random_tokens("tiny", shape, 2, config)
+    *_, speed, rate, share, mfu = peers.random_tokens("tiny", shape, 2, config)
     weights = 300 * 8 + 12 * 8 * 8 + 3 * 8  # lm_head, which the embedding shares; a block's matrices; three norms
     flops = [tokens * (6 * weights + 12 * 8 * 16) for tokens in speed["ours"]]
-    assert len(flops) == 2 and min(flops) > 0 and memory["ours"] == [0, 0] and rate["ours"] == [2e-3, 2e-3]
+    assert len(flops) == 2 and min(flops) > 0 and rate["ours"] == [2e-3, 2e-3]
     assert share["ours"] == pytest.approx([flop / 2e9 for flop in flops])
     assert mfu["ours"] == pytest.approx([flop / 1e9 for flop in flops])
 
@@ -364,7 +374,6 @@ def tiny(monkeypatch, in_process, data_dir, tmp_path):
     monkeypatch.setattr(peers, "on_gpu", lambda config: True)
     monkeypatch.setattr(peers, "product_rate", lambda machine, size: 2e9)
     monkeypatch.setattr(peers, "read_bandwidth", lambda machine: 1e9)
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
     for part in ("train", "stock", "speedrun", "best", "generate", "xl", "replay", "compare"):
         (tmp_path / "out" / part).mkdir(parents=True)
     (tmp_path / "out" / "data").mkdir()
@@ -388,12 +397,12 @@ RUN = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_it
 @pytest.mark.parametrize(
     "argv, name, measured, with_peer",
     [
-        ("train peer --pairs=1", "train", 8, 2),
+        ("train peer --pairs=1", "train", 6, 1),
         (f"stock peer {RUN}", "loss", 5, 4),
         ("speedrun --recipe=tiny.py --pairs=2", "loss", 5, 0),
         ("best --recipe=tiny.py --pairs=2", "loss", 5, 0),
         ("generate peer --pairs=1", "generate", 6, 3),
-        ("xl", "xl", 4, 0),
+        ("xl", "xl", 3, 0),
         ("compare variants.txt", "compare", 2, 0),
     ],
 )
@@ -420,7 +429,7 @@ def test_nanogpt_runs_as_shipped_with_new_caches_and_its_checkpoint_is_earlier_t
     """Of its flags only those are given that name the machine and the folder. It writes one file."""
     config = BenchConfig(device="cpu", pairs=2, peer=str(peer), data_dir=str(tiny / "data"), target=4.0)
     run = {**dict(flag[2:].split("=") for flag in RUN.split()), "dataset": "shakespeare_char", "warmup_iters": 0}
-    lines = {line["what"]: line for line in peers.recipe(run | {"gradient_accumulation_steps": 1}, config)}
+    lines = {line["what"]: line for line in peers.loss(run | {"gradient_accumulation_steps": 1}, config)}
     commands = (peer / "command.txt").read_text(encoding="utf-8").splitlines()
     assert [[word.partition("=")[0] for word in command.split()[:-1]] for command in commands] == [
         [peers.PEER_CONFIG, "--out_dir", "--device", "--dtype"]
@@ -464,14 +473,13 @@ def test_tests_on_a_gpu_are_counted(tmp_path):
 
 
 @pytest.mark.slow
-def test_generation_is_measured_beside_a_peer(peer, tmp_path, capsys):
-    """Of every sort of generation one pair, each a positive speed; transformers too, where it is installed."""
+def test_generation_is_measured_beside_a_peer(peer, tmp_path):
+    """Of every sort of generation one pair, each a positive speed."""
     argv = ["generate", "--pairs=1", "--device=cpu", "--dtype=float32", f"--peer={peer}", f"--out_dir={tmp_path}"]
     bench.main(argv)
     lines = json.loads((tmp_path / "generate.json").read_text(encoding="utf-8"))["results"]
-    assert [line["n"] for line in lines] == [1] * len(lines) and len(lines) >= 3
-    assert all(line["ours"][0] > 0 and line["peer"][0] > 0 for line in lines)
-    assert capsys.readouterr().out.count("10.7M, one sample") == 1 + (find_spec("transformers") is not None)
+    assert len(lines) == 6 and all(line["ours"][0] > 0 for line in lines)
+    assert all(line["peer"][0] > 0 for line in lines if line["unit"] == "tokens/s")
 
 
 def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process, monkeypatch, tmp_path):
@@ -666,7 +674,7 @@ def test_a_step_of_growth_by_hand(monkeypatch):
 
     def seconds_to_lines(starts, argv, cwd):
         asked.update(arg[2:].split("=") for arg in argv[1:])
-        return [5.0, 5.0 + int(starts[1][5:-1]) - int(starts[0][5:-1])], 0.0  # a second for each step
+        return [5.0, 5.0 + int(starts[1][5:-1]) - int(starts[0][5:-1])]  # a second for each step
 
     monkeypatch.setattr(measure, "seconds_to_lines", seconds_to_lines)
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16}
