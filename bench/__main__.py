@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
                 text = json.dumps(report | {"results": list(lines.values())}, indent=2, default=str)
                 file.write(f"{text}\n".encode())
     finally:
-        print(*(f"{describe(line)}\n" for line in lines.values() if "unit" in line), sep="", end="")
+        print(*(f"{describe(line, config.target)}\n" for line in lines.values() if "unit" in line), sep="", end="")
         print(f"{report['hardware']}; written to {path}")
     return int(any(line.get("problems") for line in lines.values()))
 

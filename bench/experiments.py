@@ -132,12 +132,14 @@ def ladder(paths: list[str], given: Options, config: BenchConfig) -> Lines:
     paths: the rungs to train, all if empty. given: train.py's options that all runs get. The picture replaces
     docs/ladder.svg only if all rungs were trained as shipped, with three seeds or more; else it goes to `--out_dir`.
     """
-    for path in paths:
+    rungs = {
+        Path(path).stem: (path, given) for path in paths or map(str, sorted((ROOT / "config/ladder").glob("*.py")))
+    }
+    for path, _ in rungs.values():
         read_config_file(path, TrainConfig)  # so that a mistake is reported before the first run
-    rungs = map(Path, paths or sorted((ROOT / "config" / "ladder").glob("*.py")))
     lines = {line["name"]: line for line in counts(config, given.get("dataset", "shakespeare_char"))}
     yield from lines.values()
-    for line in train_variants("ladder", {path.stem: (str(path), given) for path in rungs}, config):
+    for line in train_variants("ladder", rungs, config):
         lines[line["name"]] = line
         yield line
     if any(line.get("problems") for line in lines.values()):

@@ -51,10 +51,7 @@ MODELS = {"quill": quill_model, "nanogpt": nanogpt_model}
 
 
 def main(model: str, batch_size: int, tokens: int, **options: Any) -> float:
-    """Time `model`, one of MODELS, on a batch of one-token prompts: a short warm-up, then the call that is timed.
-
-    options: device, dtype, vocab_size, shape (n_layer, n_head, n_embd, block_size), and for nanoGPT its folder, peer.
-    """
+    """Return the tokens/s of `model`, one of MODELS, from prompts of one token, after a short warm-up."""
     torch.manual_seed(0)
     draw = MODELS[model](**options)
     idx = torch.zeros((batch_size, 1), dtype=torch.long, device=options["device"])

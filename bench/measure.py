@@ -51,8 +51,7 @@ def process(argv: Iterable[Any], cwd: Path | str = ROOT, stdin: str | None = Non
 
 def program(module: str, **options: Any) -> Any:
     """Run `python -m module` with `options` as JSON on its stdin. → the JSON value on the last line that it prints"""
-    _, out = process(["-m", module], stdin=json.dumps(options))
-    return json.loads(out.splitlines()[-1])
+    return json.loads(process(["-m", module], stdin=json.dumps(options))[1].splitlines()[-1])
 
 
 def as_flags(options: Options) -> list[str]:
@@ -134,16 +133,9 @@ def train_or_resume(path: str, given: Options, seed: int, name: str, config: Ben
             raise UserError(f"{out_dir} has a run with another {', '.join(other)}; remove it, or give --out_dir")
     process(["train.py", path, *as_flags(options)])
     rows = [{key: float(value) for key, value in row.items()} for row in read_metrics(out_dir)]
-    best, model = (
-        min(rows, key=lambda row: row["val_loss"]),
-        checkpoint.load_model(checkpoint.load(f"{out_dir}/best.pt")),
-    )
-    run = {
-        "seed": seed,
-        "best_loss": best["val_loss"],
-        "best_step": int(best["step"]),
-        "parameters": model.num_params(),
-    }
+    best = min(rows, key=lambda row: row["val_loss"])
+    run: Line = {"seed": seed, "best_loss": best["val_loss"], "best_step": int(best["step"])}
+    run["parameters"] = checkpoint.load_model(checkpoint.load(f"{out_dir}/best.pt")).num_params()
     return run | {key: rows[-1][key] for key in ("val_loss", "seconds")}
 
 
@@ -177,8 +169,8 @@ def hardware(config: BenchConfig) -> str:
         return f"{machine.name}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else []
-    name = [*names, platform.processor() or platform.machine()][0]
-    return f"{name}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
+    names.append(platform.processor() or platform.machine())
+    return f"{names[0]}, {machine.name.removeprefix('cpu, ')}, torch {torch.__version__}"
 
 
 def in_turn(config: BenchConfig, units: dict[str, str], ours: Run, peer: Run | None = None) -> Lines:
@@ -195,9 +187,9 @@ def in_turn(config: BenchConfig, units: dict[str, str], ours: Run, peer: Run | N
                 yield line
 
 
-def describe(line: Line) -> str:
+def describe(line: Line, target: float = 0) -> str:
     """Return a line's medians and ranges, means of losses, and ratios in pairs, which are above 1 if ours is better."""
-    ours, peer, unit, target = line["ours"], line["peer"], line["unit"], line.get("target")
+    ours, peer, unit = line["ours"], line["peer"], line["unit"]
     text = f"{line['what']}: {span(ours)} {unit}"
     if unit == "nats":
         text += f", mean {statistics.mean(ours):.4f}"

@@ -147,9 +147,7 @@ def loss(given: Options, config: BenchConfig) -> Lines:
 
     units = {"best full-split val loss": "nats", f"{config.recipe}, whole process": "s", "to its best checkpoint": "s"}
     units |= {"compiled, at the start none": "files", "size": "parameters"}
-    for line in in_turn(config, units, ours, partial(peer_recipe_run, config)):
-        line["target"] = config.target
-        yield line
+    yield from in_turn(config, units, ours, partial(peer_recipe_run, config))
 
 
 def peer_recipe_run(config: BenchConfig) -> list[float]:
