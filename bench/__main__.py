@@ -73,8 +73,9 @@ def main(argv: list[str]) -> int:
                 text = json.dumps(report | {"results": list(lines.values())}, indent=2, default=str)
                 file.write(f"{text}\n".encode())
     finally:
-        print(*(f"{describe(line, config.target)}\n" for line in lines.values() if "unit" in line), sep="", end="")
-        print(f"{report['hardware']}; written to {path}")
+        for line in (line for line in lines.values() if "unit" in line):
+            print(describe(line, config.target))
+        print(f"{report['hardware']}; written to {path}" if lines else "nothing was measured")
     return int(any(line.get("problems") for line in lines.values()))
 
 

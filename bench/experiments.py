@@ -2,7 +2,6 @@
 
 import math
 import re
-import shlex
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +31,11 @@ def compare(paths: list[str], given: Options, config: BenchConfig) -> Lines:
     """
     variants, splits = {}, set()
     for path in paths:
-        texts = Path(path).read_text(encoding="utf-8").splitlines() if path.endswith(".txt") else [shlex.quote(path)]
-        for words in filter(None, (shlex.split(text, comments=True) for text in texts)):
+        listed = path.endswith(".txt")
+        texts = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines() if listed else []
+        for words in filter(None, (f" {text}".partition(" #")[0].split() for text in texts)) if listed else [[path]]:
             files, flags = read_args(words, TrainConfig, None)
-            name = " ".join(words) if path.endswith(".txt") else Path(path).stem
+            name = " ".join(words) if listed else Path(path).stem
             check(len(files) == 1, f"{path}: {name}: give one config file, and flags")
             check(name not in variants, f"{path}: {name}: give different lines, or config files with different names")
             refuse_fixed(flags, "compare")

@@ -540,6 +540,8 @@ def test_mistakes(argv, words, tmp_path):
         ("config/names.py --seed=3", "--seed: not with python -m bench compare"),
         ("config/names.py --out_dir=x", "--out_dir: not with python -m bench compare"),
         ("--n_layer=3", "--n_layer=3: give one config file"),
+        ("config/typo.py", "typo.py: no such config file"),
+        (b"config/names.py --dataset=\xe9", "must be UTF-8 text"),
         ("config/names.py\nconfig/names.py", "config/names.py: give different lines"),
         ("", "takes two config files or more"),
     ],
