@@ -68,6 +68,7 @@ def in_process(monkeypatch):
 
     names = {"run": run, "Popen": popen, "PIPE": subprocess.PIPE, "STDOUT": subprocess.STDOUT}
     monkeypatch.setattr(measure, "subprocess", SimpleNamespace(**names))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # by another test, on a machine with a GPU
 
 
 def test_a_process_and_its_failure():
