@@ -37,7 +37,8 @@ done
 here=$(absolute "$0") device=${DEVICE:-cuda} python=${PYTHON:-python}
 results=$(absolute "${OUT:-out/gpu}")
 out=$results/$part
-text=${QUILL_CORPORA:+$(absolute "$QUILL_CORPORA")/tinyshakespeare.txt}
+[ -z "${QUILL_CORPORA:-}" ] || QUILL_CORPORA=$(absolute "$QUILL_CORPORA")
+text=${QUILL_CORPORA:-}/tinyshakespeare.txt
 cd "$(dirname "$here")/.."
 
 prepare() { # our dataset, and nanoGPT's in its own folder, which is `place`
