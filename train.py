@@ -77,8 +77,7 @@ def train_step(state: TrainState, batches: Batches, config: TrainConfig, machine
     scaler.update()
     for parameter in state.parameters:
         parameter.grad = None
-    if state.ema is not None:
-        state.ema.update_parameters(state.model)
+    state.update_average()
     state.pending.append((loss, norm))
     state.progress.step += 1
     return total
@@ -91,12 +90,14 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
     It is the sum over all ranks divided by the number of tokens.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    losses, counts, total = [], [], torch.zeros(2, dtype=torch.float64)
     for x, y, predicted in batches.validation(config.eval_iters * config.batch_size or None):
         with machine.autocast():
-            loss = model(x, y)[1]
+            losses.append(model(x, y)[1])
+        counts.append(predicted)
+    for loss, predicted in zip(torch.stack(losses).tolist(), counts, strict=True):  # read at once: reading waits
         if predicted:  # else the batch is there because other ranks have one more
-            total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
+            total += torch.tensor([loss * predicted, predicted], dtype=torch.float64)
     model.train()
     total = machine.group.sum(total)
     loss = (total[0] / total[1]).item()

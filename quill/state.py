@@ -4,11 +4,11 @@ Random numbers and batches are not saved: they are derived from the seed and the
 """
 
 import math
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import GPT
 from quill import checkpoint, cpu
@@ -63,16 +63,14 @@ class TrainState:
         if machine.device.type == "cpu":
             cpu.speed_up(self.model)
         self.train_model: Any = self.model
-        self.ema: Any = None
-        if config.ema_decay:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.ema = deepcopy(self.model) if config.ema_decay else None
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = []
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         if saved is not None and config.init_from == "resume":
             self.load_state_dict(saved)
         self.strategy = pick_strategy(config, machine)
-        for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
+        for model in (self.model,) if self.ema is None else (self.model, self.ema):
             self.strategy.prepare(model)
 
     def add_optimizers(self, saved: Checkpoint | None = None) -> None:
@@ -91,7 +89,7 @@ class TrainState:
     @property
     def eval_model(self) -> GPT:
         """The weights that evaluations and samples use: the moving average, if there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else self.ema
 
     def model_to_sample(self, count: int) -> GPT:
         """Return the model to draw `count` samples with; if sharded, a whole copy on rank 0. Every rank calls this."""
@@ -111,7 +109,7 @@ class TrainState:
             "vocab_size": self.model.vocab_size,
             "tokenizer": self.tokenizer.to_json(),
             "model": self.strategy.full_state_dict(self.model),
-            "ema": None if self.ema is None else self.strategy.full_state_dict(self.ema.module),
+            "ema": None if self.ema is None else self.strategy.full_state_dict(self.ema),
             "optimizers": [self.strategy.full_optimizer_state_dict(optimizer) for optimizer, _ in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "data_order": self.data_order,
@@ -126,15 +124,24 @@ class TrainState:
         self.data_order = saved["data_order"]
         self.model.load_state_dict(saved["model"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"])
-            self.ema.n_averaged.fill_(self.progress.step)
+            self.ema.load_state_dict(saved["ema"])
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the weights' moving average, if there is one. The first step's weights are its first value.
+
+        torch's AveragedModel does the same, but makes the host wait for a GPU at every step.
+        """
+        if self.ema is not None:
+            average, weights = ([self.strategy.to_local(p) for p in m.parameters()] for m in (self.ema, self.model))
+            torch._foreach_lerp_(average, weights, 1 - self.config.ema_decay if self.progress.step else 1.0)
 
     def read_losses(self) -> tuple[list[float], list[float]]:
         """Return the losses and the gradient norms of the pending steps. Raise a UserError if one is not finite.
 
         Reading waits until the device has finished, so this is called once for many steps, and before every save.
         """
-        pairs = torch.stack([torch.stack(pair) for pair in self.pending]).cpu()
+        pairs = torch.stack([value for pair in self.pending for value in pair]).view(-1, 2).cpu()
         self.pending.clear()
         pairs[:, 0] = self.machine.group.sum(pairs[:, 0].contiguous())  # each rank has its share of the loss
         kept = what_is_kept(self.config.out_dir)

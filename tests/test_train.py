@@ -1,6 +1,7 @@
 """train.py: exact resumes, the schedule and optimizers against their formulas, evaluation against one big batch."""
 
 import csv
+import json
 import math
 import os
 import signal
@@ -91,6 +92,25 @@ def test_40_steps_are_20_and_20_more(flags, tmp_path, options, device):
         torch.testing.assert_close(last(whole)["model"], last(parts)["model"], atol=1e-3, rtol=1e-3)
         assert last(whole)["best_val_loss"] == pytest.approx(last(parts)["best_val_loss"], abs=1e-3)
     assert last(whole)["step"] == 40 and [row[0] for row in rows(whole)] == ["step", "20", "40"]
+
+
+def test_no_step_waits_for_a_gpu(flags):
+    """On fake tensors, which know their device, and have no number that could be read: see tests/fake_gpu.py."""
+    runs = {
+        "stream": flags(n_layer=1, max_iters=20, dtype="bfloat16", dropout=0.1),
+        "muon": flags(dataset="words", n_layer=1, max_iters=2, gradient_accumulation_steps=3, **RUNS["ema"]),
+        "float16": flags(dataset="words", n_layer=1, max_iters=2, dtype="float16", grad_clip=0),
+    }
+    argv = [sys.executable, "-W", "error", Path(__file__).parent / "fake_gpu.py"]
+    argv += [part for run in runs.values() for part in ("--", *run)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = dict(zip(runs, map(json.loads, done.stdout.splitlines()), strict=True))
+    for name, result in results.items():
+        assert result["devices"] == ["gpu"] and set(result["steps"]) == {"cpu to gpu"}
+        assert len(result["steps"]) == (1 if name == "stream" else 2)  # starts of rows, and lengths of documents
+        assert result["batches"] > 1  # all of them, before their losses are read
+        assert result["batches"] <= len(result["evaluation"]) <= 2 * result["batches"]
 
 
 def test_evaluating_more_often_changes_no_step(flags, tmp_path):

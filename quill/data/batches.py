@@ -32,6 +32,7 @@ ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the d
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
 GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
 AHEAD = 2**13  # tokens of small global batches that are made together, because many short operations cost time
+GPU_AHEAD = 2**20  # on a GPU, more: to copy the rows' starts to it, the host waits until it has done all earlier steps
 ROUNDS = 24  # of `shuffled`, an even number. With 24, even the orders of eight rows are equally likely
 SCANNED = 2**20  # tokens that are read at a time where all are read, so that a long split is not copied
 
@@ -145,7 +146,8 @@ class Batches:
         self.order = lru_cache(maxsize=2)(self._order)  # rows at the end of an epoch and at the start of the next
         self.prefetcher = None if self.on_device else ThreadPoolExecutor(1, "prefetch")
         self.prefetched: dict[int, Future[list[tuple[int, list[Batch]]]]] = {}  # the next step's batch, by its step
-        ahead = min(256, AHEAD // (rows * block_size)) if self.on_device else 1
+        ahead = AHEAD if device.type == "cpu" else GPU_AHEAD
+        ahead = min(256, ahead // (rows * block_size)) if self.on_device else 1
         self.chunk = max(1, ahead)  # steps whose batches are made together
         self.row_chunk = self.chunk * max(1, 2**11 // (self.chunk * rows))  # steps whose rows are computed together
         self.made = lru_cache(maxsize=1)(self._make_global_batches)
@@ -245,6 +247,7 @@ class Batches:
             unused = self.positions[:-1] >= torch.from_numpy(lengths).to(self.tokens.device)[:, None]
             x = x.masked_fill(unused, self.bos or 0)
             y = y.masked_fill(unused, -1)
+        x, y = x.contiguous(), y.contiguous()  # always: a model that is compiled is compiled again for other strides
         if not self.on_device and self.device.type == "cuda":
-            x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
+            x, y = x.pin_memory(), y.pin_memory()
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True), int(lengths.sum())
