@@ -153,13 +153,11 @@ class GPT(nn.Module):
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
-        learned, rope = config.position == "learned", config.position == "rope"
+        self.config, self.vocab_size = config, vocab_size
+        position, width = config.position, config.n_embd // max(1, config.ngram - 1)
         self.transformer: Any = nn.ModuleDict()
         self.transformer["wte"] = nn.Embedding(vocab_size, config.n_embd)
-        self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd) if learned else None
-        width = config.n_embd // max(1, config.ngram - 1)
+        self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd) if position == "learned" else None
         self.transformer["ngrams"] = nn.Embedding(config.ngram_rows, width) if config.ngram else None
         self.transformer["drop"] = nn.Dropout(config.dropout)
         self.transformer["ln_e"] = NORMS[config.norm](config) if config.norm_embedding else nn.Identity()
@@ -168,7 +166,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
-        rotary = rotary_table(config.block_size, config.n_embd // config.n_head) if rope else None
+        rotary = rotary_table(config.block_size, config.n_embd // config.n_head) if position == "rope" else None
         self.rotary: Any  # None unless config.position is "rope"
         self.register_buffer("rotary", rotary, persistent=False)
         self.init_weights()
@@ -187,7 +185,11 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """`idx`, `targets` (B, T) int64 → logits (B, T, V), mean loss in nats or None. Targets of -1 are ignored."""
-        logits = self.lm_head(self.final_hidden(idx))
+        return self.head(self.final_hidden(idx), targets)
+
+    def head(self, x, targets):
+        """The output `x` (B, T, C) of `final_hidden`, and `targets` → what `forward` returns."""
+        logits = self.lm_head(x)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 

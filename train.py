@@ -101,8 +101,7 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
     model.train()
     total = machine.group.sum(total)
     loss = (total[0] / total[1]).item()
-    if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}: stopped; {what_is_kept(config.out_dir)}")
+    check(math.isfinite(loss), f"the validation loss is {loss}: stopped; {what_is_kept(config.out_dir)}")
     return loss
 
 
@@ -168,8 +167,8 @@ def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: 
     machine.group.on_rank_0(folder.take, config)
     if config.activation_checkpointing:
         checkpoint_activations(state.model)
-    compiled = compile_model(state.model, x, y, config.compile, machine)
-    state.train_model = state.strategy.wrap(compiled)
+    compile_model(state.model, x, y, config.compile, machine)
+    state.train_model = state.strategy.wrap(state.model)
     keep_freed_memory()
     observers = machine.group.on_all_ranks(Observers, state, data.val_batches, machine)
     reason = f" ({machine.threads_reason})" if machine.threads_reason else ""

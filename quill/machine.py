@@ -215,32 +215,53 @@ def checkpoint_activations(model: Any) -> None:
         block.forward = partial(forward, block.forward)
 
 
-def compile_model(model: nn.Module, x: torch.Tensor, y: torch.Tensor, option: bool | str, machine: Machine) -> Any:
-    """torch.compile where `option` (config.compile) asks for it and it works, else `model` itself.
+def compile_model(model: Any, x: torch.Tensor, y: torch.Tensor, option: bool | str, machine: Machine) -> None:
+    """Compile a GPT for training, in place, where `option` (config.compile) asks for it and it works.
+
+    Each block is compiled by itself, and so are the head and the loss together. All blocks share their compiled code,
+    so many of them compile as fast as one. Without gradients, as in an evaluation, the model is not compiled.
 
     x, y: a batch, (B, T) each, on which the compiled model is tried, forward and backward.
     """
     if not (machine.device.type == "cuda" if option == "auto" else option):
-        return model
-    try:
-        small = torch.compile(nn.Linear(1, 1, device=machine.device))
-        small(torch.ones(1, 1, device=machine.device)).sum().backward()
-        failure = ""
-    except Exception as error:  # a compiler can fail in any way, and one node may have none
-        failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-    # The ranks agree before they try a sharded model, of which each waits for the others.
-    if machine.group.max(bool(failure)):
-        note(f"note: torch.compile failed ({failure or 'on another rank'}); training continues uncompiled")
-        return model
-    try:
-        compiled = torch.compile(model)
+        return
+    head, device = model.head, machine.device
+    parts = [(block, "forward", block.forward, block.forward) for block in model.transformer.h]
+    # The logits are not returned: they have no gradient, and zeros in its place would take as much memory as they do.
+    parts.append((model, "head", head, lambda x, targets: (None, head(x, targets)[1])))
+
+    def try_linear():
+        torch.compile(nn.Linear(1, 1, device=device))(torch.ones(1, 1, device=device)).sum().backward()
+
+    def try_model():
+        for module, name, plain, of_training in parts:
+            setattr(module, name, partial(_with_gradients, torch.compile(of_training), plain))
         with machine.autocast():
-            loss = compiled(x, y)[1]
+            loss = model(x, y)[1]
         loss.backward()
+
+    # The ranks agree before they try a sharded model, of which each waits for the others.
+    failure = _failure(try_linear) if machine.group.world_size > 1 else ""
+    if machine.group.max(bool(failure)):
+        failure = failure or "on another rank"
+    elif failure := _failure(try_model):
+        for module, name, plain, _ in parts:
+            setattr(module, name, plain)
+    if failure:
+        note(f"note: torch.compile failed ({failure}); training continues uncompiled")
+    model.zero_grad(set_to_none=True)
+
+
+def _with_gradients(compiled, plain, *args):
+    return compiled(*args) if torch.is_grad_enabled() else plain(*args)
+
+
+def _failure(work):
+    """Call `work`, which compiles. → the first line of its error, or "": a compiler can fail in any way"""
+    try:
+        work()
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except Exception as error:
-        note(f"note: torch.compile failed ({str(error).strip().splitlines()[0]}); training continues uncompiled")
-        compiled = model
-    model.zero_grad(set_to_none=True)
-    return compiled
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from quill.machine import Machine, StopSignals, checkpoint_activations, memory_l
 from quill.options import SampleConfig, TrainConfig
 
 CPU = torch.device("cpu")
+
+
+def small_gpt(**options):
+    return GPT(TrainConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16} | options), 11)
 
 
 def test_a_cpu_and_its_dtypes(monkeypatch):
@@ -169,26 +174,63 @@ def test_a_signal_is_noted_and_a_second_ctrl_c_interrupts(number, monkeypatch):
 def test_compile_falls_back_to_the_model(monkeypatch, capsys):
     """A compiler that fails, on the first call or at once, costs a note."""
 
-    def broken(model):
+    def broken(*args):
         raise RuntimeError("no compiler here\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", broken)
-    model = torch.nn.Linear(2, 2)
-    machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
+    def broken_when_called(function):
+        return broken
 
-    batch = torch.ones(1, 2), torch.ones(1, 2)
-    assert module.compile_model(model, *batch, True, machine) is model
-    assert capsys.readouterr().err == "note: torch.compile failed (no compiler here); training continues uncompiled\n"
-    assert module.compile_model(model, *batch, "auto", machine) is model  # auto is for CUDA
-    assert capsys.readouterr().err == ""
+    model, idx = small_gpt(), torch.zeros(1, 4, dtype=torch.int64)
+    machine = Machine(device=CPU, dtype=torch.float32, name="cpu")
+    expected = model(idx, idx)[1].item()
+    for compiler in (broken, broken_when_called):
+        monkeypatch.setattr(torch, "compile", compiler)
+        module.compile_model(model, idx, idx, True, machine)
+        note = "note: torch.compile failed (no compiler here); training continues uncompiled\n"
+        assert capsys.readouterr().err == note
+        assert model(idx, idx)[1].item() == expected
+    module.compile_model(model, idx, idx, "auto", machine)  # auto is for CUDA
+    assert capsys.readouterr().err == "" and model(idx, idx)[1].item() == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+@pytest.mark.parametrize("options", [{"position": "rope", "qk_norm": True, "dropout": 0.2}, {"checkpoint": True}])
+def test_blocks_share_their_compiled_code(options, monkeypatch):
+    """Two graphs for six blocks: a block, and the head with the loss. An evaluation compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # Inductor would take a minute
+    is_checkpointed = options.pop("checkpoint", False)
+    model, idx = small_gpt(n_layer=6, **options), torch.randint(11, (4, 16))
+
+    def gradients():
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    if is_checkpointed:
+        checkpoint_activations(model)
+    module.compile_model(model, idx, idx, True, Machine(device=CPU, dtype=torch.float32, name="cpu"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for _ in range(2):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(), expected, strict=True))
+        with torch.no_grad():
+            logits, loss = model.eval()(idx[:3], idx[:3])  # of another shape
+            assert logits.shape == (3, 16, 11) and loss.isfinite()
+        model.train()
+    assert counters["stats"]["unique_graphs"] == counters["frames"]["ok"] == 2
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointing_changes_no_gradient(dropout, dtype):
     """Bit for bit, because the random numbers of dropout are drawn again as they were."""
-    config = TrainConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, dropout=dropout, position="rope")
-    model = cpu.speed_up(GPT(config, 11))
+    model = cpu.speed_up(small_gpt(n_layer=3, dropout=dropout, position="rope"))
     idx = torch.randint(11, (4, 16))
 
     def gradients():
