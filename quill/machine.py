@@ -63,7 +63,7 @@ class Machine:
     @property
     def peak_flops(self) -> float | None:
         """The device's peak in FLOP/s, in half precision, from its data sheet. None where it is not known."""
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or "MIG" in self.name:  # MIG: a part of a GPU, with the name of the whole
             return None
         return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b({words})\b", self.name)), None)
 
@@ -77,11 +77,11 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def memory_limits(machine: Machine, advice: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into a UserError with `advice`."""
+    """Turn torch's out-of-memory errors, and CUDA's own, into a UserError with `advice`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = ("allocate memory", "Storage size calculation overflowed")
+        known = ("allocate memory", "Storage size calculation overflowed", "CUDA error: out of memory", "ALLOC_FAILED")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(k in str(error) for k in known):
             raise
         raise UserError(f"{machine.name} is out of memory; {advice}") from None
@@ -169,7 +169,10 @@ def _pick_gpu(device, group):
     gpus = torch.cuda.device_count()
     check(index < gpus, f"cuda:{index}: this machine has {gpus} GPUs; one is needed per process")
     device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:  # another process may have the GPU for itself, or all of its memory
+        raise UserError(f"--device={device}: {str(error).splitlines()[0]}") from None
     # Products that stay in float32 may use TF32, as in nanoGPT.
     torch.set_float32_matmul_precision("high")
     return device, torch.cuda.get_device_name(device)

@@ -38,6 +38,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Undo what a run on a GPU sets: float32 products of the tests after it would be TF32's."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Run the test on the CPU and, if there is one, on a GPU."""

@@ -36,8 +36,7 @@ def make(tokens, bos=None, block_size=8, rows=6, micro_rows=6, seed=0, **where):
         rows=rows,
         micro_rows=micro_rows,
         seed=seed,
-        device=CPU,
-        **({"rank": 0, "world_size": 1} | where),
+        **({"rank": 0, "world_size": 1, "device": CPU} | where),
     )
 
 
@@ -215,15 +214,16 @@ def test_validation_of_documents_and_the_cap():
 
 
 @pytest.mark.parametrize("bos", [None, 50])
-def test_batches_that_are_made_together_are_those_made_alone(monkeypatch, bos):
+def test_batches_that_are_made_together_are_those_made_alone(monkeypatch, bos, device):
     """Over epochs that end within a step, with micro-batches of unequal size, on both ranks."""
     data = stream(200) if bos is None else names([3, 20, 1, 8, 5, 0, 9, 2, 7])
     for rank in range(2):
-        where = {"rows": 10, "micro_rows": 3, "rank": rank, "world_size": 2}
+        where = {"rows": 10, "micro_rows": 3, "rank": rank, "world_size": 2, "device": device}
         together = make(data, bos, **where)
         many = [together.global_batch(step) for step in range(40)]
         with monkeypatch.context() as patch:
             patch.setattr("quill.data.batches.AHEAD", 0)
+            patch.setattr("quill.data.batches.GPU_AHEAD", 0)
             alone = make(data, bos, **where)
             for step, (total, micro_batches) in enumerate(many):
                 one_total, others = alone.global_batch(step)
@@ -231,22 +231,23 @@ def test_batches_that_are_made_together_are_those_made_alone(monkeypatch, bos):
                 assert total == one_total and [len(x) for x, _, _ in micro_batches] == [3, 2]
                 for (x, y, n), (u, v, k) in zip(micro_batches, others, strict=True):
                     assert torch.equal(x, u) and torch.equal(y, v) and n == k == (y >= 0).sum()
+                    assert x.device.type == device.type and x.is_contiguous() and y.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype, top", [(np.uint16, 65535), (np.uint32, 100_000)])
-def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monkeypatch, dtype, top):
+def test_large_files_are_mapped_and_prefetched_and_give_the_same(tmp_path, monkeypatch, dtype, top, device):
     data = np.random.default_rng(0).integers(0, top + 1, 5000).astype(dtype)
     data[:2] = top  # ids above half of the type's range are not negative
     data.tofile(tmp_path / "train.bin")
     small = make(data)
     monkeypatch.setattr(module, "ON_DEVICE_BYTES", 1000)
-    large = make(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="r"))
+    large = make(np.memmap(tmp_path / "train.bin", dtype=dtype, mode="r"), device=device)
     assert small.prefetcher is None
     assert large.prefetcher is not None
     for step in [0, 1, 2, 7, 8, 3]:
         (x, y, _), (u, v, _) = small.global_batch(step)[1][0], large.global_batch(step)[1][0]
-        assert torch.equal(x, u)
-        assert torch.equal(y, v)
+        assert torch.equal(x, u.cpu()) and u.device.type == device.type
+        assert torch.equal(y, v.cpu())
         start = small.step_rows(step)[0][0]
         assert x[0].tolist() == data[start : start + 8].tolist()
     (first, *_), *_ = small.validation()

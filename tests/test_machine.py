@@ -85,12 +85,26 @@ def test_a_process_needs_a_gpu_of_its_own(monkeypatch):
         pick_machine(SampleConfig(device="cuda:0"), pair)
 
 
+def test_a_gpu_that_is_in_use_is_one_line(monkeypatch):
+    def busy(device):
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for …")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(
+        UserError, match=r"^--device=cuda:0: CUDA error: CUDA-capable device\(s\) is/are busy or una\w+$"
+    ):
+        pick_machine(SampleConfig(device="cuda"))
+
+
 @pytest.mark.parametrize(
     "name, peak",
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A10", 125e12),
         ("NVIDIA A1000", None),
         ("NVIDIA L40S", 362e12),
@@ -145,7 +159,14 @@ def test_seeding_repeats():
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("x"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be …"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_out_of_memory_is_one_line(error):
     machine = Machine(device=CPU, dtype=torch.float32, name="cpu, 2 threads")

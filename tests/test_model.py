@@ -105,11 +105,11 @@ def test_causality_by_gradients(shape, device):
         assert (reach[: t + 1] > 0).all() and (reach[t + 1 :] == 0).all()
 
 
-def test_one_batch_overfits():
+def test_one_batch_overfits(device):
     """Every logit can be learnt: a batch of noise goes below 0.01 nats."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(**(TINY | {"n_embd": 32})), V)
-    idx, targets = tokens(4, 8), tokens(4, 8, seed=2)
+    model = GPT(ModelConfig(**(TINY | {"n_embd": 32})), V).to(device)
+    idx, targets = tokens(4, 8).to(device), tokens(4, 8, seed=2).to(device)
     idx[:, 0] = torch.arange(4)  # rows that begin alike could not be told apart
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(300):

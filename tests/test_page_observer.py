@@ -209,8 +209,9 @@ def test_state_json_has_the_numbers_of_the_run(flags, tmp_path):
     assert state_of(tmp_path / "other")["curve"] == state["curve"]  # however often the losses were read
 
 
-def test_live_weights_gradients_and_snapshots(flags, tmp_path, capsys):
-    assert train.main(flags(page=True, ema_decay=0.5, grad_clip=0.1, max_iters=12)) == 0
+def test_live_weights_gradients_and_snapshots(flags, tmp_path, capsys, device):
+    where = {"device": device.type, "compile": False}
+    assert train.main(flags(page=True, ema_decay=0.5, grad_clip=0.1, max_iters=12, **where)) == 0
     folder = tmp_path / "run" / "page"
     live, last = checkpoint.load(folder / "live.pt"), checkpoint.load(tmp_path / "run" / "last.pt")
     assert live["step"] == last["step"] == 12

@@ -28,11 +28,11 @@ def make_model(vocab_size):
     return model
 
 
-def rows_of(text, tokenizer, temperature=1.0):
+def rows_of(text, tokenizer, temperature=1.0, device=CPU):
     """Returns the model, the rows of `text` and the text that they score."""
-    model = make_model(tokenizer.vocab_size)
+    model = make_model(tokenizer.vocab_size).to(device)
     ids, scored = scoring.encode(text, tokenizer)
-    return model, list(scoring.score(model, tokenizer, ids, temperature, CPU)), scored
+    return model, list(scoring.score(model, tokenizer, ids, temperature, device)), scored
 
 
 def reference(model, windows, temperature=1.0):
@@ -66,9 +66,9 @@ CASES = [
 
 @pytest.mark.parametrize("tokenizer, text, windows", CASES)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_losses_are_the_references(tokenizer, text, windows, temperature):
-    model, rows, _ = rows_of(text, tokenizer, temperature)
-    expected = reference(model, windows, temperature)
+def test_losses_are_the_references(tokenizer, text, windows, temperature, device):
+    model, rows, _ = rows_of(text, tokenizer, temperature, device)
+    expected = reference(model.cpu(), windows, temperature)
     assert [row.loss for row in rows] == pytest.approx(expected, abs=1e-5)
     assert [row.probability for row in rows] == pytest.approx(np.exp(-np.array(expected)), abs=1e-6)
 

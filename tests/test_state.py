@@ -38,8 +38,9 @@ def take_steps(state, batches, machine, count):
 @pytest.mark.parametrize(
     "options", [{}, {"optimizer": "muon", "ema_decay": 0.9, "dropout": 0.1}], ids=["adamw", "muon-ema"]
 )
-def test_a_state_dict_restores_a_run_exactly(make_state, tmp_path, options):
-    """Through a file: three more steps of the restored state equal three more steps of the original, bit for bit."""
+def test_a_state_dict_restores_a_run_exactly(make_state, tmp_path, options, device):
+    """Through a file: three more steps of the restored state equal three more of the original, on a CPU bit for bit."""
+    options, atol = options | {"device": device.type}, 0 if device.type == "cpu" else 1e-3
     state, batches, machine = make_state(**options)
     take_steps(state, batches, machine, 5)
     state.read_losses()
@@ -50,9 +51,10 @@ def test_a_state_dict_restores_a_run_exactly(make_state, tmp_path, options):
     for run in (state, other):
         take_steps(run, batches, machine, 3)
     for name, weight in state.model.state_dict().items():
-        assert torch.equal(weight, other.model.state_dict()[name]), name
-        assert torch.equal(state.eval_model.state_dict()[name], other.eval_model.state_dict()[name]), name
-    assert state.read_losses() == other.read_losses()
+        torch.testing.assert_close(other.model.state_dict()[name], weight, atol=atol, rtol=0)
+        average = state.eval_model.state_dict()[name]
+        torch.testing.assert_close(other.eval_model.state_dict()[name], average, atol=atol, rtol=0)
+    torch.testing.assert_close(other.read_losses(), state.read_losses(), atol=atol, rtol=0)
 
 
 def test_a_state_dict_has_plain_names(make_state):

@@ -88,7 +88,7 @@ def test_scalars_are_the_rows_of_metrics_csv(flags, tmp_path):
     np.testing.assert_allclose(shown, [float(row["train_loss"]) for row in rows], rtol=2e-7)
 
 
-def test_gradient_norm_and_histograms_are_the_last_steps(flags, tmp_path, monkeypatch):
+def test_gradient_norm_and_histograms_are_the_last_steps(flags, tmp_path, monkeypatch, device):
     """Of a whole step, several micro-batches, clipped; with two optimizers."""
     norms, gradients, step = [], {}, AdamW.step
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda g, f=torch.nn.utils.get_total_norm: keep(f(g)))
@@ -105,6 +105,7 @@ def test_gradient_norm_and_histograms_are_the_last_steps(flags, tmp_path, monkey
 
     monkeypatch.setattr(AdamW, "step", stepped)
     options = {"optimizer": "muon", "gradient_accumulation_steps": 2, "grad_clip": 0.1, "log_interval": 40}
+    options |= {"device": device.type, "compile": False}
     run(flags(tensorboard=True, eval_interval=40, bias=True, **options))
     events, model = read(tmp_path / "run"), checkpoint.load(tmp_path / "run" / "last.pt")["model"]
     (norm,) = events.Scalars("optimizer/gradient_norm")
