@@ -39,18 +39,31 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
-    """Undo what a run on a GPU sets: float32 products of the tests after it would be TF32's."""
-    yield
+def gpus_where_asked_for(request):
+    """Hide the GPUs from a test that takes neither `device` nor `gpu`: it may compare what a CPU computes, bit for bit.
+
+    Nor do the processes that it starts see them. A run on a GPU changes the precision of products: change it back.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not {"device", "gpu"} & set(request.fixturenames):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def gpu():
+    """Skip the test if there is no GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA here")
+    return torch.device("cuda")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Run the test on the CPU and, if there is one, on a GPU."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA here")
-    return torch.device(request.param)
+    return request.getfixturevalue("gpu") if request.param == "cuda" else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

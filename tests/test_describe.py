@@ -161,7 +161,8 @@ def test_memory_of_a_micro_batch_is_that_of_a_real_one(vocab_size, rows, dtype, 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), machine.autocast():
         model(idx, idx)[1].backward()
     assert kept == pytest.approx(sum(saved.values()), rel=0.01)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         with machine.autocast():
             loss = model(idx, idx)[1]
         loss.backward()

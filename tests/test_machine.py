@@ -67,7 +67,6 @@ def test_what_is_not_there_is_one_line(options, words):
     assert words in str(error.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_cuda_without_cuda():
     with pytest.raises(UserError, match="--device=cuda: torch finds no CUDA here"):
         pick_machine(SampleConfig(device="cuda"))

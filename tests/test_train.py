@@ -107,15 +107,14 @@ def test_a_run_moves_to_another_device_and_back(flags, device, capsys):
             run(flags(init_from="resume", eval_only=True, device=other))
             loss = float(capsys.readouterr().out.split("val loss ")[-1].split(",")[0])
             assert loss == pytest.approx(losses[-1], abs=1e-4 if other == name else 1e-3)
-    assert losses[0] > losses[1] > losses[2]
+    assert max(losses) < math.log(13)  # the loss of guessing
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_on_a_gpu_40_steps_are_20_and_20_more_bit_for_bit(flags, tmp_path, optimizer, dtype):
+def test_on_a_gpu_40_steps_are_20_and_20_more_bit_for_bit(flags, tmp_path, optimizer, dtype, gpu):
     """With deterministic kernels and uncompiled, as docs/reliability.md says."""
-    options = {"optimizer": optimizer, "dtype": dtype, "dropout": 0.1, "device": "cuda", "compile": False}
+    options = {"optimizer": optimizer, "dtype": dtype, "dropout": 0.1, "device": gpu.type, "compile": False}
     whole = flags(**options, out_dir=tmp_path / "whole")
     parts = flags(**options, out_dir=tmp_path / "parts")
     deterministic(whole, [*parts, "--max_iters=20"], [*parts, "--init_from=resume"])
@@ -132,14 +131,20 @@ def deterministic(*runs):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA here")
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_a_compiled_run_has_the_losses_of_an_uncompiled_one(flags, tmp_path, dtype, error, capsys):
+def test_a_compiled_run_has_the_losses_of_an_uncompiled_one(flags, tmp_path, dtype, error, capsys, gpu):
     """20 steps on a GPU, at a width where its compiled kernels are those of real runs."""
     losses = []
     for compiled in (False, True):
-        options = {"n_layer": 3, "n_embd": 128, "block_size": 64, "dtype": dtype, "device": "cuda", "compile": compiled}
+        options = {
+            "n_layer": 3,
+            "n_embd": 128,
+            "block_size": 64,
+            "dtype": dtype,
+            "device": gpu.type,
+            "compile": compiled,
+        }
         run_flags = flags(**options, max_iters=20, log_interval=1, learning_rate=1e-3, out_dir=tmp_path / str(compiled))
         run(run_flags)
         losses.append([float(line.split("loss ")[1].split(",")[0]) for line in printed_steps(capsys)])
