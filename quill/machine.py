@@ -25,7 +25,9 @@ from quill.options import TrainConfig
 # Dense bf16 peaks (V100, T4: fp16) in FLOP/s, from NVIDIA's data sheets, by regular expressions for the words of a
 # device's name. The first match counts.
 PEAK_FLOPS = {
+    "B200": 2250e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "GH200|H200|H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,

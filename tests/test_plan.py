@@ -157,7 +157,8 @@ def test_memory_of_a_sharded_model(checkpointing, most, four_ranks):
     tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
     state = sum(tensor.to_local().numel() * 4 for tensor in tensors)
     assert state == 16 * total / 4
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         micro_batch()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now, peak = 0, 0
