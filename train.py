@@ -25,8 +25,8 @@ from quill.checkpoint import Checkpoint
 from quill.cli import list_configs, note, read_args, read_config_file, run
 from quill.data.batches import DATA_ORDER, Batches, derive_seed
 from quill.data.splits import Splits, open_splits
-from quill.distributed import ProcessGroup
-from quill.errors import UserError, check
+from quill.distributed import AgreedError, ProcessGroup
+from quill.errors import check
 from quill.files import folder_lock
 from quill.machine import (
     Machine,
@@ -101,7 +101,8 @@ def evaluate(model: GPT, batches: Batches, config: TrainConfig, machine: Machine
     model.train()
     total = machine.group.sum(total)
     loss = (total[0] / total[1]).item()
-    check(math.isfinite(loss), f"the validation loss is {loss}: stopped; {what_is_kept(config.out_dir)}")
+    if not math.isfinite(loss):
+        raise AgreedError(f"the validation loss is {loss}: stopped; {what_is_kept(config.out_dir)}")
     return loss
 
 
@@ -159,7 +160,7 @@ def train(
 def run_training(state: TrainState, data: Splits, config: TrainConfig, machine: Machine, folder: RunFolder) -> int:
     """Take out_dir, compile the model, distribute it over the ranks, create the observers, and train. → exit code"""
     if state.scaler.is_enabled() and config.optimizer == "muon":
-        raise UserError(
+        raise AgreedError(
             "--optimizer=muon does not work with float16: its steps overflow; use --dtype=float32 or bfloat16"
         )
     # The first batch before the folder: if memory is too small for it, no other run is replaced.

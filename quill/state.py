@@ -16,7 +16,8 @@ from quill.checkpoint import Checkpoint
 from quill.cli import note
 from quill.data.batches import DATA_ORDER, derive_seed
 from quill.data.tokenizers import Tokenizer
-from quill.errors import UserError, check
+from quill.distributed import AgreedError
+from quill.errors import check
 from quill.machine import Machine
 from quill.optimizer import make_optimizers
 from quill.options import Options, TrainConfig
@@ -149,10 +150,10 @@ class TrainState:
         for step, (loss, norm) in enumerate(pairs.tolist(), self.progress.step - len(pairs) + 1):
             # A scaler skips a step that overflows, and lowers its scale.
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
+                raise AgreedError(f"step {step}: loss {loss}, gradient norm {norm}: {advice}")
         if self.scaler.get_scale() < 1e-4:
             overflow = "gradients overflow float16 even with the smallest loss scale"
-            raise UserError(f"step {self.progress.step}: {overflow}: {advice}")
+            raise AgreedError(f"step {self.progress.step}: {overflow}: {advice}")
         losses, norms = pairs.T.tolist()
         self.progress.losses += losses
         return losses, norms
