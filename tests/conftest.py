@@ -27,6 +27,7 @@ TINY = {
     "dtype": "float32",
 }
 ALICE = "Alice was beginning to get very tired of sitting by her sister on the bank.\n" * 20
+HAS_GPU = torch.cuda.is_available()  # asked before a test hides the GPUs, because CUDA counts them only once
 needs_corpora = pytest.mark.skipif(
     "QUILL_CORPORA" not in os.environ, reason="QUILL_CORPORA is not set to a folder with the real texts"
 )
@@ -52,18 +53,22 @@ def gpus_where_asked_for(request):
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.fixture
-def gpu():
+@pytest.fixture(params=["cuda"])  # so that the test's name says that it ran on a GPU
+def gpu(request):
     """Skip the test if there is no GPU."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA here")
-    return torch.device("cuda")
+    return find_device(request.param)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Run the test on the CPU and, if there is one, on a GPU."""
-    return request.getfixturevalue("gpu") if request.param == "cuda" else torch.device("cpu")
+    return find_device(request.param)
+
+
+def find_device(name):
+    if name == "cuda" and not HAS_GPU:
+        pytest.skip("torch finds no CUDA here")
+    return torch.device(name)
 
 
 @pytest.fixture(scope="session")

@@ -187,8 +187,6 @@ def test_the_cache_has_room_for_what_is_asked_for(monkeypatch):
 
 # ---------------------------------------------------------------- steps that a GPU records
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA here")
-
 
 def for_steps(device="cpu", **options):
     """Like `make`, with the blocks that a recording needs."""
@@ -288,10 +286,9 @@ def test_what_is_recorded(monkeypatch):
     assert not can_record(model, idx, 100)
 
 
-@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [{}, {"position": "rope", "qk_norm": True, "ngram": 3, "ngram_rows": 37}], ids=str)
-def test_a_recording_repeats_the_step(dtype, shape, monkeypatch, capsys):
+def test_a_recording_repeats_the_step(dtype, shape, monkeypatch, capsys, gpu):
     """Bitwise, so that even samples are equal; beyond the block, and for two models in turn."""
     options = {"n_embd": 128, "block_size": 48, "bias": False} | shape
     machine = Machine(device=torch.device("cuda"), dtype=dtype, name="cuda")
@@ -316,8 +313,7 @@ def seeded(seed):
     return torch.Generator("cuda").manual_seed(seed)
 
 
-@needs_cuda
-def test_a_recording_draws_what_the_cache_draws(monkeypatch):
+def test_a_recording_draws_what_the_cache_draws(monkeypatch, gpu):
     """In float64, in which rounding changes no token; a row that has stopped too. It leaves no memory behind."""
     model, prompt, memory = for_steps("cuda", block_size=40), tokens(4, 3, device="cuda"), []
     for options in ({"temperature": 0}, {"top_k": 5}, {"stop_token": 3}):
@@ -340,8 +336,7 @@ def test_a_recording_draws_what_the_cache_draws(monkeypatch):
             generate(model, prompt, 100, temperature=temperature)
 
 
-@needs_cuda
-def test_without_a_recording_generation_goes_on():
+def test_without_a_recording_generation_goes_on(gpu):
     """After work that waits for the GPU, which can't be recorded. In its own process, because it may leave traces."""
     code = (
         "import torch\n"

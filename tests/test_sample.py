@@ -114,7 +114,6 @@ def test_mistakes(runs, capsys, flags, words):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_cuda_without_cuda(runs, capsys):
     with pytest.raises(UserError, match="--device=cuda: torch finds no CUDA here; use --device=cpu"):
         write(capsys, runs, "prose", "--device=cuda")
