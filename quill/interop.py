@@ -225,14 +225,16 @@ def safetensors() -> Any:
 
 def _read_weights(folder):
     """Read model.safetensors, in one file or several, or pytorch_model.bin. → {name: tensor}"""
-    patterns = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin")
-    paths: list[Path] = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+    names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
     path, weights = folder / "model.safetensors", {}
     try:
-        for path in paths:
+        if not names:
+            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+            names = sorted({Path(name).name for name in index["weight_map"].values()})
+        for path in map(folder.joinpath, names):
             is_pickle = path.suffix == ".bin"
             weights |= torch.load(path, "cpu", weights_only=True) if is_pickle else safetensors().load_file(path)
-        if paths and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
+        if all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items()):
             return weights
     except UserError:
         raise
