@@ -26,6 +26,7 @@ import json
 import sys
 from dataclasses import fields, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench import peers
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{argument}: not an option of python -m bench {name} (see --help)")
     config, given = with_full_paths(BenchConfig(**values)), read_args(rest, TrainConfig, __doc__)[1]
     refuse_fixed(given, name)
+    if name in ("ladder", "growth") and not find_spec("matplotlib"):
+        raise UserError(f"python -m bench {name} needs a package: pip install matplotlib")
     machine = pick_machine(config)  # so that a missing device or dtype is reported before the first run
     if name != "generate" and machine.device.type == "cpu" and config.dtype in ("float16", "int8"):
         raise UserError(f"--dtype={config.dtype}: on a CPU, is for python -m bench generate")

@@ -5,23 +5,18 @@ import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from bench.measure import ROOT, Line, Lines, full_path, train_or_resume
+from bench.measure import ROOT, Line, Lines, full_path, picture, train_or_resume
 from quill.cli import read_args, read_config_file
 from quill.data.token_files import open_dataset, prepare_if_missing
 from quill.errors import UserError, check
-from quill.files import replacing
 from quill.options import BenchConfig, Options, TrainConfig
 from quill.scoring import count_losses
 
-ROW, LEFT, WIDTH = 38, 190, 720  # pixels: a rung's height, where the scale begins, the picture's width
-STYLE = "text { font: 14px sans-serif; fill: #888 } .small { font-size: 12px }"
 FIXED = {"seed", "init_from", "overwrite", "dry_run", "eval_only", "data_dir", "out_dir"}  # a bench decides these
-TITLE = "validation loss, nats a character; a dot is the mean of the runs, a bar their range"
 
 
 def compare(paths: list[str], given: Options, config: BenchConfig) -> Lines:
@@ -146,8 +141,7 @@ def ladder(paths: list[str], given: Options, config: BenchConfig) -> Lines:
         return
     as_shipped = not (given or paths) and config.seeds >= 3 and config.dtype == "auto"
     folder = ROOT / "docs" if as_shipped else Path(config.out_dir)
-    with replacing(folder / "ladder.svg") as (file,):
-        file.write(draw(list(lines.values())).encode())
+    draw(list(lines.values()), folder / "ladder.svg")
 
 
 def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> Lines:
@@ -161,34 +155,16 @@ def counts(config: BenchConfig, dataset: str = "shakespeare_char") -> Lines:
         yield {"name": name, "parameters": n, "val_loss": loss, "seconds": 0, "runs": [{"val_loss": loss}]}
 
 
-def draw(lines: list[Line]) -> str:
-    """Draw models as SVG: for each its name, a dot at its mean loss, and a bar over the range of its seeds."""
-    losses = [run["val_loss"] for line in lines for run in line["runs"]]
-    low, high = int(min(losses) * 2) / 2, int(max(losses) * 2 + 1) / 2
-
-    def x(loss):
-        return round(LEFT + (loss - low) / (high - low) * (WIDTH - LEFT - 70), 1)
-
-    height, parts = ROW * (len(lines) + 2), []
-    for i in range(round((high - low) * 2) + 1):
-        at, label = x(low + i / 2), f"{low + i / 2:.1f}"
-        parts.append(f'<path d="M{at} {ROW - 8}V{height - ROW}" stroke="#8884"/>')
-        parts.append(f'<text x="{at}" y="{height - ROW + 18}" text-anchor="middle" class="small">{label}</text>')
-    for i, line in enumerate(lines):
-        y, own = ROW * (i + 1) + 10, [run["val_loss"] for run in line["runs"]]
-        size = f"{line['parameters']:,} parameters, {line['seconds']:.0f} s"
-        parts.append(f'<text x="12" y="{y}">{escape(line["name"].replace("_", " "))}</text>')
-        parts.append(f'<text x="12" y="{y + 15}" class="small">{size}</text>')
-        parts.append(f'<path d="M{x(min(own))} {y}H{x(max(own))}" stroke="#c73" stroke-width="5"/>')
-        parts.append(f'<circle cx="{x(line["val_loss"])}" cy="{y}" r="5" fill="#36c"/>')
-        parts.append(f'<text x="{x(line["val_loss"]) + 12}" y="{y + 5}">{line["val_loss"]:.3f}</text>')
-    return picture("The ladder", TITLE, WIDTH, height, parts)
-
-
-def picture(name: str, title: str, width: int, height: int, parts: list[str]) -> str:
-    """Return an SVG file with `title` above its `parts`."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
-        f"<title>{name}: {title}</title>\n<style>{STYLE}</style>\n"
-        f'<text x="12" y="16" class="small">{title}</text>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+def draw(lines: list[Line], path: Path) -> None:
+    """Draw a row for each model: a dot at its mean loss, and a bar over the range of its seeds."""
+    with picture(path, 0.5 * len(lines) + 0.8) as figure:
+        axes = figure.add_subplot(xlabel="validation loss, nats a character: the mean of the runs, and their range")
+        for line in lines:
+            losses, mean = [run["val_loss"] for run in line["runs"]], line["val_loss"]
+            row = f"{line['name'].replace('_', ' ')}\n{line['parameters']:,} parameters, {line['seconds']:.0f} s"
+            axes.plot([min(losses), max(losses)], [row, row], "C1", linewidth=16, solid_capstyle="butt")
+            axes.plot(mean, row, "C0o")
+            axes.annotate(f"{mean:.3f}", (mean, row), (9, 0), textcoords="offset points", va="center")
+        axes.grid(axis="x", alpha=0.4)
+        axes.margins(x=0.1)
+        axes.invert_yaxis()  # the first row at the top

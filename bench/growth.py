@@ -13,11 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 from bench import measure
-from bench.experiments import picture
 from bench.measure import Line, Lines, outline, start_seconds
 from bench.peers import LAPTOP
 from quill.data.token_files import prepare
-from quill.files import replacing
 from quill.options import BenchConfig, Options
 
 TOKENS, CONTEXTS = 2048, (64, 128, 256, 512, 1024)  # tokens in a training step, and in a row of it
@@ -73,8 +71,7 @@ def growth(config: BenchConfig) -> Lines:
             print(*describe(lines[-1]), sep=", ", flush=True)
             yield lines[-1]
     as_shipped = not config.quick and config.dtype == "auto" and config.device == "auto"
-    with replacing((measure.ROOT / "docs" if as_shipped else Path(config.out_dir)) / "growth.svg") as (file,):
-        file.write(draw(lines).encode())
+    draw(lines, (measure.ROOT / "docs" if as_shipped else Path(config.out_dir)) / "growth.svg")
 
 
 def power(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -90,22 +87,20 @@ def describe(line: Line) -> tuple[str, str, str]:
     return line["what"], span, f"power {line['power']:.2f}, expected {expected:.2f}: {verdict} 15 %"
 
 
-def draw(lines: list[Line]) -> str:
-    """Draw a panel for each series, from its first point on. A factor is as many pixels upwards as to the right."""
-    parts = []
-    for i, line in enumerate(lines):
-        scale = 180 / math.log(line["sizes"][-1] / line["sizes"][0])
-        logs = ([scale * math.log(n / line[key][0]) for n in line[key]] for key in ("sizes", "costs", "seconds"))
-        xs, costs, ys = logs
-        curve = " ".join(f"{x:.1f},{-y:.1f}" for x, y in zip(xs, costs, strict=True))
-        parts.append(f'<g transform="translate({30 + i % 3 * 310} {250 + i // 3 * 310})">')
-        ten = scale * math.log(10)  # a factor of 10, in pixels
-        ticks = "".join(f"M{i * ten:.1f} 10v5M-10 {-i * ten:.1f}h-5" for i in range(int(181 / ten) + 1))
-        parts.append(f'<path d="M-10 -180V10H200{ticks}" fill="none" stroke="#8884"/>')
-        parts.append(f'<polyline points="{curve}" fill="none" stroke="#c73" stroke-width="3"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{-y:.1f}" r="5" fill="#36c"/>' for x, y in zip(xs, ys, strict=True)]
-        words = enumerate(describe(line))
-        parts += [*(f'<text x="-10" y="{30 + 16 * j}" class="small">{text}</text>' for j, text in words), "</g>"]
-    return picture(
-        "Growth", "time by size, a tick for a factor of 10; dots: measured, lines: expected", 940, 640, parts
-    )
+def draw(lines: list[Line], path: Path) -> None:
+    """Draw a panel for each series: its seconds as dots, and as a line what its costs let expect from the first."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    with measure.picture(path, 7.5) as figure:
+        for i, line in enumerate(lines):
+            what, span, verdict = describe(line)
+            axes = figure.add_subplot(2, 3, i + 1, xlabel=line["by"], ylabel="seconds", title=f"{what}\n{verdict}")
+            axes.set(xscale="log", yscale="log", aspect="equal", adjustable="datalim")  # power 1 rises by 45°
+            axes.plot(line["sizes"], [line["seconds"][0] * cost / line["costs"][0] for cost in line["costs"]])
+            axes.plot(line["sizes"], line["seconds"], "o")
+            axes.minorticks_off()
+            axes.set_xticks(line["sizes"])
+            axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        figure.legend(["expected", "measured"], loc="outside upper center", ncols=2, frameon=False)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from quill import checkpoint
 from quill.cli import read_config_file
 from quill.data.corpora import CORPORA, locate
 from quill.errors import UserError, check
+from quill.files import replacing
 from quill.machine import pick_machine
 from quill.options import BenchConfig, Options, TrainConfig
 
@@ -207,3 +209,27 @@ def span(values: Sequence[float]) -> str:
     figures = (statistics.median(values), min(values), max(values))
     shown = [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" for value in figures]
     return f"{shown[0]} ({shown[1]}–{shown[2]})" if len(values) > 1 else shown[0]
+
+
+@contextmanager
+def picture(path: Path, height: float) -> Iterator[Any]:
+    """Yield a matplotlib figure to draw in, and write it as SVG, the same each time. height: in units of 80 pixels.
+
+    Its text is grey and its background transparent, so that it can be read on a dark and on a light page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style = {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "quill",
+    }
+    with matplotlib.rc_context(style | dict.fromkeys(grey, "#888888")):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        yield figure
+        with replacing(path) as (file,):
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

@@ -14,6 +14,7 @@ import xml.etree.ElementTree
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,24 @@ from quill.machine import pick_machine
 from quill.optimizer import learning_rate
 from quill.options import BenchConfig, ModelConfig, TrainConfig
 from tests import replay
+
+needs_matplotlib = pytest.mark.skipif(
+    not find_spec("matplotlib"), reason="matplotlib is not installed: pip install -r requirements-extra.txt"
+)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn_dots(part):
+    """The places of the dots in a part of matplotlib's SVG: y grows downwards. Ticks are not inside a clipped group."""
+    groups = [group for group in part.iter(f"{SVG}g") if group.get("clip-path")]
+    return [(float(dot.get("x")), float(dot.get("y"))) for group in groups for dot in group.iter(f"{SVG}use")]
+
+
+def drawn_lines(part, color):
+    """The points of each line of a color in a part of matplotlib's SVG."""
+    paths = [path for path in part.iter(f"{SVG}path") if path.get("clip-path") and color in path.get("style", "")]
+    numbers = [[float(number) for number in re.findall(r"[\d.]+", path.get("d"))] for path in paths]
+    return [list(zip(line[::2], line[1::2], strict=True)) for line in numbers]
 
 
 @pytest.fixture
@@ -197,6 +216,7 @@ def test_each_rung_has_one_ingredient_more():
     assert classic.items() <= rungs[-1].items() and rungs[-1]["dropout"] > 0
 
 
+@needs_matplotlib
 def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys):
     """Two seeds of a bigram model: as many parameters as two matrices of V × 16 have."""
     wanted = ("--max", "--eval", "--dataset", "--batch", "--grad", "--block", "--n_embd")
@@ -215,7 +235,8 @@ def test_a_rung_trains_samples_and_is_drawn(flags, in_process, tmp_path, capsys)
     assert readme_picture.stat().st_mtime_ns == before
 
 
-def test_ladder_picture_is_to_scale():
+@needs_matplotlib
+def test_ladder_picture_is_to_scale(tmp_path):
     """Equal differences in loss are equal distances in the picture, and a wider range of seeds is a longer bar."""
     lines = [
         {
@@ -227,13 +248,18 @@ def test_ladder_picture_is_to_scale():
         }
         for i, loss in enumerate((2.5, 2.0, 1.5))
     ]
-    picture = xml.etree.ElementTree.fromstring(draw(lines))
-    dots = [float(dot.get("cx")) for dot in picture.iter("{http://www.w3.org/2000/svg}circle")]
-    assert dots[0] - dots[1] == pytest.approx(dots[1] - dots[2], abs=0.2) and dots[0] > dots[1] > dots[2] > 0
-    bars = [path.get("d") for path in picture.iter("{http://www.w3.org/2000/svg}path") if path.get("stroke") == "#c73"]
-    lengths = [float(d.split("H")[1]) - float(d.split()[0][1:]) for d in bars]
-    assert lengths[0] == 0 and lengths[2] == pytest.approx(2 * lengths[1], abs=0.3)
-    assert max(dots) + 60 < float(picture.get("width"))
+    pictures = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in pictures:
+        draw(lines, path)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()  # no date, no random names
+    picture = xml.etree.ElementTree.parse(pictures[0]).getroot()
+    dots = [x for x, _ in drawn_dots(picture)]
+    assert dots[0] - dots[1] == pytest.approx(dots[1] - dots[2], abs=1e-3) and dots[0] > dots[1] > dots[2] > 0
+    lengths = [right - left for (left, _), (right, _) in drawn_lines(picture, "#ff7f0e")]
+    assert lengths[0] == 0 and lengths[2] == pytest.approx(2 * lengths[1], abs=1e-3)
+    assert lengths[2] / (dots[0] - dots[1]) == pytest.approx(0.08 / 0.5, abs=1e-4)
+    assert max(dots) + 40 < float(picture.get("viewBox").split()[2])
+    assert {"0 <x>", "7 parameters, 3 s", "1.500"} <= {text.text for text in picture.iter(f"{SVG}text")}
 
 
 def test_counts_by_hand(write, tmp_path, capsys):
@@ -256,13 +282,18 @@ def test_the_tours_counts(tmp_path):
     losses = re.findall(r"^Loss \*\*(\d\.\d{3})\*\*", tour, flags=re.MULTILINE)
     assert losses[:3] == ["4.174", "3.347", "2.482"] and len(losses) == 12
     picture = xml.etree.ElementTree.parse(measure.ROOT / "docs" / "ladder.svg").getroot()
-    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [text.text for text in picture.iter(f"{SVG}text")]
     assert [text for text in texts if re.fullmatch(r"\d\.\d{3}", text)] == losses
-    dots = [float(dot.get("cx")) for dot in picture.iter("{http://www.w3.org/2000/svg}circle")]
+    dots = [x for x, _ in drawn_dots(picture)]
     scale = (dots[0] - dots[3]) / (4.174 - 2.483)
-    assert dots == pytest.approx([dots[0] + scale * (float(loss) - 4.174) for loss in losses], abs=0.3)
+    assert dots == pytest.approx([dots[0] + scale * (float(loss) - 4.174) for loss in losses], abs=1e-3)
+    ranges = re.findall(r"^Loss .*\((\d\.\d{3}) to (\d\.\d{3})\)", tour, flags=re.MULTILINE)
+    ends = [dots[0] + scale * (float(loss) - 4.174) for pair in ranges for loss in pair]
+    bars = drawn_lines(picture, "#ff7f0e")[3:]  # the die and the counts have one loss
+    assert [x for bar in bars for x, _ in bar] == pytest.approx(ends, abs=1e-3) and len(bars) == 9
 
 
+@needs_matplotlib
 def test_a_finished_run_with_other_options_is_not_taken_for_this_one(flags, in_process, tmp_path, capsys):
     keep = [flag for flag in flags(max_iters=2) if not flag.startswith(("--data_dir", "--out_dir"))]
     argv = ["ladder", str(RUNGS[0]), "--seeds=1", next(flag for flag in flags() if flag.startswith("--data_dir"))]
@@ -526,11 +557,21 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["ladder", "config/ladder/typo.py"], "typo.py: no such config file"),
     ],
 )
-def test_mistakes(argv, words, tmp_path):
+def test_mistakes(argv, words, tmp_path, monkeypatch):
     """Each is one line, before anything is measured."""
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
     with pytest.raises((UserError, FileNotFoundError)) as error:
         bench.main([*argv, f"--out_dir={tmp_path}"])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ladder", "growth"])
+def test_pictures_need_matplotlib(name, monkeypatch, tmp_path):
+    """It is asked for before anything is measured."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(bench.BENCHES, name, lambda *_: pytest.fail("it ran"))
+    with pytest.raises(UserError, match=f"python -m bench {name} needs a package: pip install matplotlib"):
+        bench.main([name, f"--out_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(
@@ -627,6 +668,7 @@ def two_series(monkeypatch):
     return measured
 
 
+@needs_matplotlib
 def test_growth_is_measured_and_drawn_to_scale(two_series, tmp_path, monkeypatch, capsys):
     """A series of power 1 follows its line; of one that should be constant, the dots rise half as far as they go."""
     monkeypatch.setattr(measure, "ROOT", tmp_path)
@@ -639,13 +681,20 @@ def test_growth_is_measured_and_drawn_to_scale(two_series, tmp_path, monkeypatch
     assert "walk, 1 to 1,000 miles, 2 to 2e+03 s, power 1.00, expected 1.00: within 15 %\n" in out
     assert "power 0.50, expected 0.00: NOT within 15 %\n" in out
     picture = xml.etree.ElementTree.parse(tmp_path / "docs" / "growth.svg").getroot()
-    for panel, rise in zip(picture.iter("{http://www.w3.org/2000/svg}g"), (1, 0.5), strict=True):
-        dots = [(float(dot.get("cx")), -float(dot.get("cy"))) for dot in panel if dot.tag.endswith("circle")]
-        assert [x for x, _ in dots] == [0, 60, 180] and [y for _, y in dots] == [rise * x for x, _ in dots]
-        curve = next(line.get("points") for line in panel if line.tag.endswith("polyline"))
-        assert curve == ("0.0,-0.0 60.0,-60.0 180.0,-180.0" if rise == 1 else "0.0,-0.0 60.0,-0.0 180.0,-0.0")
+    panels = [part for part in picture.iter(f"{SVG}g") if part.get("id", "").startswith("axes_")]
+    for panel, rise, expected in zip(panels, (1, 0.5), (1, 0), strict=True):
+        ((left, bottom), *_), dots = drawn_dots(panel), drawn_dots(panel)
+        xs = [x - left for x, _ in dots]
+        assert xs == pytest.approx([0, xs[2] / 3, xs[2]], abs=1e-3) and xs[2] > 100
+        assert [bottom - y for _, y in dots] == pytest.approx([rise * x for x in xs], abs=1e-3)
+        (curve,) = drawn_lines(panel, "#1f77b4")
+        assert [bottom - y for _, y in curve] == pytest.approx([expected * (x - left) for x, _ in curve], abs=1e-3)
+        assert {round(x - left) for x, _ in curve} >= {0, round(xs[2])}
+    texts = {text.text for text in picture.iter(f"{SVG}text")}
+    assert {"walk", "power 1.00, expected 1.00: within 15 %", "miles", "1k", "seconds", "measured"} <= texts
 
 
+@needs_matplotlib
 @pytest.mark.parametrize("flag, measured", [("--quick", [1, 10] * 2), ("--dtype=float32", [1, 10, 1000] * 2)])
 def test_a_growth_that_is_not_as_shipped_is_not_drawn_into_docs(two_series, tmp_path, monkeypatch, flag, measured):
     monkeypatch.setattr(measure, "ROOT", tmp_path)
@@ -696,6 +745,7 @@ def test_a_text_of_copies(tmp_path):
 
 @pytest.mark.slow
 @needs_corpora
+@needs_matplotlib
 def test_growth_of_the_smallest_sizes(tmp_path):
     """Every series for real, at its first two sizes."""
     bench.main(["growth", "--quick", f"--out_dir={tmp_path}"])
@@ -704,4 +754,4 @@ def test_growth_of_the_smallest_sizes(tmp_path):
     assert all(0 <= line["expected"] < 1.1 for line in lines)
     assert lines[0]["power"] > 0 and lines[2]["power"] > 0.3  # ten times the text, nine times the parameters
     picture = xml.etree.ElementTree.parse(tmp_path / "growth.svg").getroot()
-    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 12
+    assert len(drawn_dots(picture)) == 12

@@ -51,7 +51,7 @@ LAYERS = [
         "prepare.py": "numpy",
         "export.py": "torch (safetensors)",
         "play.py": "(starlette) (uvicorn)",
-        "bench/": "any",
+        "bench/": "numpy torch (matplotlib)",
         "docs/": "",
     },
     {"tests/": "any"},

@@ -23,7 +23,7 @@ def requirements(name):
 
 @pytest.mark.parametrize(
     "name, groups",
-    [("requirements.txt", ["test"]), ("requirements-extra.txt", ["tensorboard", "bpe", "hf", "play", "dev"])],
+    [("requirements.txt", ["test"]), ("requirements-extra.txt", ["tensorboard", "bpe", "hf", "plot", "play", "dev"])],
 )
 def test_requirements_mirror_pyproject(name, groups):
     wanted = PROJECT["dependencies"] if name == "requirements.txt" else []
@@ -32,7 +32,7 @@ def test_requirements_mirror_pyproject(name, groups):
 
 
 def test_every_extra_is_in_a_requirements_file():
-    assert set(PROJECT["optional-dependencies"]) == {"test", "tensorboard", "bpe", "hf", "play", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "tensorboard", "bpe", "hf", "plot", "play", "dev"}
 
 
 def test_the_oldest_python_is_the_same_everywhere():
