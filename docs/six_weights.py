@@ -1,12 +1,11 @@
 """Six weights learn to write "ann.": all of training in plain Python, one step after the other.
 
-    python docs/six_weights.py          # print the steps
-    python docs/six_weights.py --svg    # print the graph of step 4 as a picture, docs/six_weights.svg
+    python docs/six_weights.py
 
 A token is a character. Each of the six tokens has a weight: the larger it is, the more often the token is drawn.
+docs/six_weights.svg is the graph of step 4.
 """
 
-import argparse
 import math
 
 TOKENS, WEIGHTS, NUDGE = "ailen.", [0.62, 0.45, 0.85, 0.67, 0.17, 0.53], 0.01
@@ -77,22 +76,9 @@ def loss_graph(weights):
     return Value("loss", mean_loss(weights), [probs[i] for i in TARGETS], [-1 / len(TARGETS)] * len(TARGETS)), ws
 
 
-def draw(result):
-    """A graph as SVG: a box for each Value, with its number and its slope, and lines from its sources."""
-    parts, places, rows = ["<style>text { font: 14px sans-serif; fill: #888 }</style>"], {}, [0, 6, 1, 2]  # first rows
-    for value in result.graph():
-        column = 1 + max((places[source][0] // 190 for source in value.sources), default=-1)
-        x, y = places[value] = 190 * column, 60 * rows[column]
-        rows[column] += 1
-        for left, top in (places[source] for source in value.sources):
-            parts.append(f'<path d="M{left + 130} {top + 22}L{x} {y + 22}" stroke="#888"/>')
-        parts.append(f'<rect x="{x}" y="{y}" width="130" height="44" rx="6" fill="none" stroke="#36c"/>')
-        for line, text in ((18, f"{value.name} = {value.data:.4f}"), (37, f"slope {value.slope:+.4f}")):
-            parts.append(f'<text x="{x + 8}" y="{y + line}">{text}</text>')
-    return "\n".join(['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-2 -2 704 410">', *parts, "</svg>"])
-
-
-def lesson(ws):
+def lesson():
+    result, ws = loss_graph(WEIGHTS)
+    result.backward()
     probs, (weights, slopes) = probabilities(WEIGHTS), update(WEIGHTS)
     print("1. A die gives each token 1/6 = 0.167. Here each token gets its weight over the sum of the weights:")
     print(*(f"   {token} {w:.2f} → {p:.3f}" for token, w, p in zip(TOKENS, WEIGHTS, probs, strict=True)), sep="\n")
@@ -111,8 +97,4 @@ def lesson(ws):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
-    parser.add_argument("--svg", action="store_true")
-    result, ws = loss_graph(WEIGHTS)
-    result.backward()
-    print(draw(result)) if parser.parse_args().svg else lesson(ws)
+    lesson()
