@@ -65,12 +65,9 @@ def train_variants(bench: str, variants: dict[str, tuple[str, Options]], config:
         for (line, _), result in zip(cases, (pool.map if config.jobs > 1 else map)(run, cases), strict=True):
             line["problems" if isinstance(result, str) else "runs"].append(result)
             if runs := line["runs"]:
-                losses = [run["val_loss"] for run in runs]
+                losses, seconds = [run["val_loss"] for run in runs], [run["seconds"] for run in runs]
                 line |= {"val_loss": statistics.mean(losses), "spread": max(losses) - min(losses)}
-                line |= {
-                    "seconds": statistics.median(run["seconds"] for run in runs),
-                    "parameters": runs[0]["parameters"],
-                }
+                line |= {"seconds": statistics.median(seconds), "parameters": runs[0]["parameters"]}
             print(describe_variant(line), flush=True)
             yield line
     for line in sorted(lines, key=lambda line: line.get("val_loss", math.inf)):
@@ -127,14 +124,12 @@ def ladder(paths: list[str], given: Options, config: BenchConfig) -> Lines:
     paths: the rungs to train, all if empty. given: train.py's options that all runs get. The picture replaces
     docs/ladder.svg only if all rungs were trained as shipped, with three seeds or more; else it goes to `--out_dir`.
     """
-    rungs = {
-        Path(path).stem: (path, given) for path in paths or map(str, sorted((ROOT / "config/ladder").glob("*.py")))
-    }
-    for path, _ in rungs.values():
+    files = paths or sorted(map(str, (ROOT / "config/ladder").glob("*.py")))
+    for path in files:
         read_config_file(path, TrainConfig)  # so that a mistake is reported before the first run
     lines = {line["name"]: line for line in counts(config, given.get("dataset", "shakespeare_char"))}
     yield from lines.values()
-    for line in train_variants("ladder", rungs, config):
+    for line in train_variants("ladder", {Path(path).stem: (path, given) for path in files}, config):
         lines[line["name"]] = line
         yield line
     if any(line.get("problems") for line in lines.values()):

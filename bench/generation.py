@@ -23,11 +23,9 @@ from quill.generation import generate
 from quill.machine import pick_machine
 from quill.options import ModelConfig, SampleConfig
 
-Generate = Callable[..., torch.Tensor]  # generate(idx, tokens, temperature=…, top_k=…), as nanoGPT's
 
-
-def quill_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: Any) -> Generate:
-    """quill's model, cache and faster layers. The weights have the type `dtype`, as in sample.py."""
+def quill_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: Any) -> Callable:
+    """Return quill's `generate` with a model, whose weights have the type `dtype`, as in sample.py."""
     machine = pick_machine(SampleConfig(device=device, dtype=dtype))
     return partial(generate, for_sampling(GPT(ModelConfig(**shape), vocab_size).eval(), machine))
 
@@ -38,8 +36,8 @@ def load_model_module(folder: str) -> Any:
     return SimpleNamespace(**runpy.run_path(f"{folder}/model.py"))
 
 
-def nanogpt_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: str, peer: str) -> Generate:
-    """nanoGPT's model, from the folder `peer`."""
+def nanogpt_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: str, peer: str) -> Callable:
+    """Return nanoGPT's `generate`, from the folder `peer`. It takes the same arguments."""
     nanogpt = load_model_module(peer)
     config = nanogpt.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=False, **shape)
     kind = torch.device(device).type
@@ -47,13 +45,10 @@ def nanogpt_model(shape: dict[str, Any], vocab_size: int, device: str, dtype: st
     return autocast(nanogpt.GPT(config).eval().to(device).generate)
 
 
-MODELS = {"quill": quill_model, "nanogpt": nanogpt_model}
-
-
 def main(model: str, batch_size: int, tokens: int, **options: Any) -> float:
-    """Return the tokens/s of `model`, one of MODELS, from prompts of one token, after a short warm-up."""
+    """Return the tokens/s of `model`, "quill" or "nanogpt", from prompts of one token, after a short warm-up."""
     torch.manual_seed(0)
-    draw = MODELS[model](**options)
+    draw = quill_model(**options) if model == "quill" else nanogpt_model(**options)
     idx = torch.zeros((batch_size, 1), dtype=torch.long, device=options["device"])
     with torch.no_grad():
         draw(idx, 8, temperature=0.8, top_k=50).cpu()  # .cpu() waits until a GPU has finished

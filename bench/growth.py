@@ -15,6 +15,7 @@ from pathlib import Path
 from bench import measure
 from bench.measure import Line, Lines, outline, start_seconds
 from bench.peers import LAPTOP
+from quill.data.corpora import CORPORA, locate
 from quill.data.token_files import prepare
 from quill.options import BenchConfig, Options
 
@@ -37,8 +38,10 @@ def list_series(config: BenchConfig, folder: Path) -> Iterator[tuple[str, str, I
 
 
 def prepare_seconds(size: int, folder: Path, config: BenchConfig) -> float:
-    """Prepare `size` MB of text as the dataset `size` in `folder`, with characters as tokens. → seconds"""
-    measure.write_text(folder / "text", size, config)
+    """Prepare copies of Tiny Shakespeare, `size` MB or more, as the dataset `size` in `folder`. → seconds"""
+    corpus = locate(CORPORA["shakespeare_char"], data_dir=config.data_dir).read_bytes()
+    with open(folder / "text", "wb") as file:
+        file.writelines([corpus] * math.ceil(size * 1e6 / len(corpus)))
     began = time.perf_counter()
     prepare(folder / "text", folder / str(size))
     return time.perf_counter() - began

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import platform
 import re
@@ -21,12 +20,15 @@ import torch
 from model import GPT
 from quill import checkpoint
 from quill.cli import read_config_file
-from quill.data.corpora import CORPORA, locate
 from quill.errors import UserError, check
 from quill.files import replacing
 from quill.machine import pick_machine
 from quill.options import BenchConfig, Options, TrainConfig
 
+# How pictures look, as matplotlib names it. Their text stays text, and no file has a date or a random name.
+STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "text.parse_math": False}
+STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "quill"}
+GREY = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 ROOT = Path(__file__).parent.parent
 Line = dict[str, Any]  # one result: what was measured and its figures
 Run = Callable[[], Sequence[float]]  # measures once. → figures
@@ -102,13 +104,6 @@ def start_seconds(options: Options) -> float:
     with TemporaryDirectory() as folder:
         options = options | {"gradient_accumulation_steps": 1, "max_iters": 10**6, "out_dir": folder}
         return seconds_to_lines(["step 1/"], ["train.py", *as_flags(options)])[0]
-
-
-def write_text(path: Path, size: float, config: BenchConfig) -> None:
-    """Write Tiny Shakespeare again and again, until the file has `size` MB or more."""
-    corpus = locate(CORPORA["shakespeare_char"], data_dir=config.data_dir).read_bytes()
-    with open(path, "wb") as file:
-        file.writelines([corpus] * math.ceil(size * 1e6 / len(corpus)))
 
 
 def outline(options: Options, vocab_size: int = 65) -> GPT:
@@ -220,15 +215,7 @@ def picture(path: Path, height: float) -> Iterator[Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = {
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "quill",
-    }
-    with matplotlib.rc_context(style | dict.fromkeys(grey, "#888888")):
+    with matplotlib.rc_context(STYLE | dict.fromkeys(GREY, "#888888")):
         figure = Figure(figsize=(10, height), layout="constrained")
         yield figure
         with replacing(path) as (file,):

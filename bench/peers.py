@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
-from timeit import repeat
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from bench import measure
 from bench.measure import Lines, as_flags, cold_run, in_turn, machine_options, on_gpu, peer_machine_options, process
@@ -80,14 +80,9 @@ def training(name: str, options: Options, quarter: int, config: BenchConfig, pee
 
 
 def seconds_of(compute: Callable[[], torch.Tensor]) -> float:
-    """Return the seconds that `compute()` takes: the mean of ten in a row, the best of five times."""
-
-    def ten():
-        for _ in range(10):
-            last = compute()
-        last.flatten()[0].item()  # waits for a GPU
-
-    return min(repeat(ten, number=1, repeat=5)) / 10
+    """Return the seconds that `compute()` takes: the best of several means, each of many calls in a row."""
+    timer = Timer("compute()", globals={"compute": compute}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)
 
 
 def product_rate(machine: Machine, size: int) -> float:
@@ -104,11 +99,8 @@ def read_bandwidth(machine: Machine, size: int = 2**27) -> float:
 
 def generate(config: BenchConfig) -> Lines:
     """Measure tokens/s with random weights, temperature 0.8, top-k 50. nanoGPT draws one sample at a time."""
-    machine, many, small = (
-        pick_machine(config),
-        64 if on_gpu(config) else 16,
-        {key: SHAKESPEARE_10M[key] for key in GPT2},
-    )
+    machine, many = pick_machine(config), 64 if on_gpu(config) else 16
+    small = {key: SHAKESPEARE_10M[key] for key in GPT2}
     for name, shape, vocab_size, rows, tokens in (
         ("10.7M, one sample", small, 65, 1, 250),
         (f"10.7M, {many} samples", small, 65, many, 250),
