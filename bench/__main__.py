@@ -87,8 +87,8 @@ def with_full_paths(config: BenchConfig) -> BenchConfig:
     folders = {key: str(Path(getattr(config, key)).resolve()) for key in ("data_dir", "out_dir")}
     config = replace(config, **folders, peer=config.peer and str(Path(config.peer).resolve()))
     for file in ("model.py", "train.py") if config.peer else ():
-        if not (Path(config.peer) / file).is_file():
-            raise UserError(f"--peer={config.peer}: there is no {file}; give the folder of a nanoGPT checkout")
+        is_there = (Path(config.peer) / file).is_file()
+        check(is_there, f"--peer={config.peer}: there is no {file}; give the folder of a nanoGPT checkout")
     return config
 
 

@@ -71,7 +71,8 @@ def growth(config: BenchConfig) -> Lines:
             sizes, costs, seconds = zip(*islice(points, 2 if config.quick else None), strict=True)
             line: Line = {"what": what, "by": by, "sizes": sizes, "costs": costs, "seconds": seconds}
             lines.append(line | {"power": power(sizes, seconds), "expected": power(sizes, costs)})
-            print(*describe(lines[-1]), sep=", ", flush=True)
+            span = f"{sizes[0]:,} to {sizes[-1]:,} {by}, {seconds[0]:.3g} to {seconds[-1]:.3g} s"
+            print(f"{what}, {span}, {verdict(lines[-1])}", flush=True)
             yield lines[-1]
     as_shipped = not config.quick and config.dtype == "auto" and config.device == "auto"
     draw(lines, (measure.ROOT / "docs" if as_shipped else Path(config.out_dir)) / "growth.svg")
@@ -82,12 +83,11 @@ def power(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, values))).slope
 
 
-def describe(line: Line) -> tuple[str, str, str]:
-    """Return what was measured, from where to where, and whether its power is within 15 % of what is expected."""
-    (smallest, *_, largest), (first, *_, last), expected = line["sizes"], line["seconds"], line["expected"]
-    verdict = "within" if abs(line["power"] - expected) <= 0.15 * (expected or 1) else "NOT within"
-    span = f"{smallest:,} to {largest:,} {line['by']}, {first:.3g} to {last:.3g} s"
-    return line["what"], span, f"power {line['power']:.2f}, expected {expected:.2f}: {verdict} 15 %"
+def verdict(line: Line) -> str:
+    """Say whether the power of a series is within 15 % of what is expected."""
+    power, expected = line["power"], line["expected"]
+    close = abs(power - expected) <= 0.15 * (expected or 1)
+    return f"power {power:.2f}, expected {expected:.2f}: {'within' if close else 'NOT within'} 15 %"
 
 
 def draw(lines: list[Line], path: Path) -> None:
@@ -96,13 +96,12 @@ def draw(lines: list[Line], path: Path) -> None:
 
     with measure.picture(path, 7.5) as figure:
         for i, line in enumerate(lines):
-            what, span, verdict = describe(line)
-            axes = figure.add_subplot(2, 3, i + 1, xlabel=line["by"], ylabel="seconds", title=f"{what}\n{verdict}")
-            axes.set(xscale="log", yscale="log", aspect="equal", adjustable="datalim")  # power 1 rises by 45°
+            axes = figure.add_subplot(2, 3, i + 1, title=f"{line['what']}\n{verdict(line)}")
+            axes.set(xlabel=line["by"], ylabel="seconds", xscale="log", yscale="log", xticks=line["sizes"])
+            axes.set_aspect("equal", "datalim")  # a line of power 1 rises by 45°
             axes.plot(line["sizes"], [line["seconds"][0] * cost / line["costs"][0] for cost in line["costs"]])
             axes.plot(line["sizes"], line["seconds"], "o")
             axes.minorticks_off()
-            axes.set_xticks(line["sizes"])
             axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.yaxis.set_major_formatter("{x:g}")

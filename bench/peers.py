@@ -80,7 +80,7 @@ def training(name: str, options: Options, quarter: int, config: BenchConfig, pee
 
 
 def seconds_of(compute: Callable[[], torch.Tensor]) -> float:
-    """Return the seconds that `compute()` takes: the best of several means, each of many calls in a row."""
+    """Return the seconds that `compute()` takes: the best mean of several blocks of calls. Waits for a GPU."""
     timer = Timer("compute()", globals={"compute": compute}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=0.5).times)
 

@@ -645,8 +645,7 @@ def test_power_is_numpy_s_slope():
     + [(0.14, 0.0, "within"), (-0.16, 0.0, "NOT within")],
 )
 def test_a_power_is_close_within_a_share_or_where_a_constant_is_expected_within_that_power(power, expected, verdict):
-    line = {"what": "", "by": "", "sizes": [1, 2], "seconds": [1, 2], "power": power, "expected": expected}
-    assert growth.describe(line)[2].endswith(f": {verdict} 15 %")
+    assert growth.verdict({"power": power, "expected": expected}).endswith(f": {verdict} 15 %")
 
 
 @pytest.fixture
