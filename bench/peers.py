@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 
 from bench import measure
 from bench.measure import Lines, as_flags, cold_run, in_turn, machine_options, on_gpu, peer_machine_options, process
@@ -81,6 +80,8 @@ def training(name: str, options: Options, quarter: int, config: BenchConfig, pee
 
 def seconds_of(compute: Callable[[], torch.Tensor]) -> float:
     """Return the seconds that `compute()` takes: the best mean of several blocks of calls. Waits for a GPU."""
+    from torch.utils.benchmark import Timer  # it is slow to import, and can warn that there is no GPU
+
     timer = Timer("compute()", globals={"compute": compute}, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=0.5).times)
 
