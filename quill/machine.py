@@ -173,6 +173,7 @@ def _pick_gpu(device, group):
     device = torch.device("cuda", index)
     try:
         torch.cuda.set_device(device)
+        torch.cuda.synchronize()
     except RuntimeError as error:  # another process may have the GPU for itself, or all of its memory
         raise UserError(f"--device={device}: {str(error).splitlines()[0]}") from None
     # Products that stay in float32 may use TF32, as in nanoGPT.
@@ -223,16 +224,18 @@ def checkpoint_activations(model: Any) -> None:
 def compile_model(model: Any, x: torch.Tensor, y: torch.Tensor, option: bool | str, machine: Machine) -> None:
     """Compile a GPT for training, in place, where `option` (config.compile) asks for it and it works.
 
-    Each block is compiled by itself, and so are the head and the loss together. All blocks share their compiled code,
-    so many of them compile as fast as one. Without gradients, as in an evaluation, the model is not compiled.
+    Each block is compiled by itself, and the head together with the loss. All blocks share their compiled code, so only
+    one of them is compiled (with --shard, FSDP's hooks split it). Without gradients, as in an evaluation, none is used.
 
     x, y: a batch, (B, T) each, on which the compiled model is tried, forward and backward.
     """
     if not (machine.device.type == "cuda" if option == "auto" else option):
         return
+    from torch._functorch import config  # here, because it takes long to import
+
     head, device = model.head, machine.device
     parts = [(block, "forward", block.forward, block.forward) for block in model.transformer.h]
-    # The logits are not returned: they have no gradient, and zeros in its place would take as much memory as they do.
+    # The logits are not returned: for their gradient, the backward pass would make zeros of the same size.
     parts.append((model, "head", head, lambda x, targets: (None, head(x, targets)[1])))
 
     def try_linear():
@@ -241,9 +244,11 @@ def compile_model(model: Any, x: torch.Tensor, y: torch.Tensor, option: bool | s
     def try_model():
         for module, name, plain, of_training in parts:
             setattr(module, name, partial(_with_gradients, torch.compile(of_training), plain))
-        with machine.autocast():
-            loss = model(x, y)[1]
-        loss.backward()
+        # torch 2.13 may crash when it stores a graph that returns a view, as quill/cpu.py's Dropout makes it do.
+        with config.patch(enable_autograd_cache=config.enable_autograd_cache and device.type != "cpu"):
+            with machine.autocast():
+                loss = model(x, y)[1]
+            loss.backward()
 
     # The ranks agree before they try a sharded model, of which each waits for the others.
     failure = _failure(try_linear) if machine.group.world_size > 1 else ""

@@ -247,6 +247,18 @@ def test_blocks_share_their_compiled_code(options, monkeypatch):
     assert not counters["graph_break"]
 
 
+def test_a_cpu_compiles_without_the_cache_in_which_torch_crashes(monkeypatch):
+    from torch._functorch import config
+
+    def compile(function):
+        return lambda *args: seen.append(config.enable_autograd_cache) or function(*args)
+
+    seen, before, idx = [], config.enable_autograd_cache, torch.zeros(1, 4, dtype=torch.int64)
+    monkeypatch.setattr(torch, "compile", compile)
+    module.compile_model(small_gpt(), idx, idx, True, Machine(device=CPU, dtype=torch.float32, name="cpu"))
+    assert seen == [False, False, False] and config.enable_autograd_cache == before
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointing_changes_no_gradient(dropout, dtype):
