@@ -2,7 +2,8 @@
 
 torch's own Linear, Dropout and attention leave much of a CPU unused at the sizes of a small GPT. The classes that
 `speed_up` puts in place compute the same functions, with the same parameters under the same names. Those of
-`for_sampling` store their weights in fewer bits. docs/records/ has the speed-up of each. Shapes are those of model.py.
+`for_sampling` store their weights in fewer bits. docs/records/ has the speed-up of each. OneTokenBlock is for every
+device. Shapes are those of model.py.
 """
 
 import math

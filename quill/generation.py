@@ -28,7 +28,7 @@ from quill.options import TrainConfig
 
 NOT_FINITE = "the model's logits are not finite: its weights may be damaged; or try --dtype=float32"
 COLDEST = 1e-6  # a temperature below this takes the likeliest token: logits / temperature may overflow float32
-AHEAD = 16  # tokens that a GPU draws before Python waits for them; for fewer, a recording does not pay
+AHEAD = 16  # tokens that a GPU draws before Python waits for them; for fewer, no step is recorded
 
 
 class KVCache:
@@ -51,13 +51,13 @@ class StaticCache(KVCache):
     """A KVCache for which one more token is always the same work on the same memory, so that a GPU can record it.
 
     Its layers return all their places. `position` (1,) is the last token's; `mask` is -inf for the places after it.
-    With tokens, `length` is block_size - 1 at all times: for one more, `GPT.final_hidden` gets the last block_size.
+    Once it has tokens, `length` stays block_size - 1, because a recorded step passes the last block_size tokens.
     """
 
     def __init__(self, model: GPT, capacity: int):
         super().__init__(model.config)
         self.block_size, weight = model.config.block_size, model.lm_head.weight
-        places = -(-min(self.block_size, capacity) // 16) * 16  # fused attention wants a mask of whole 16s
+        places = -(-min(self.block_size, capacity) // 16) * 16  # torch would copy a mask of another size
         self.position, self.mask = weight.new_zeros(1, dtype=torch.long), weight.new_zeros(1, places)
         for layer in self.layers:
             layer.capacity, layer.position, layer.mask = places, self.position, self.mask
@@ -147,7 +147,8 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
 
     A row that has drawn `stop_token` repeats it, and generation ends when every row has. temperature, top_k, top_p: see
     `probabilities`. A longer prompt is cut to its last `block_size` tokens. When the context is full, generation
-    continues from its last `block_size // 2` tokens, because positions are learned for one block only.
+    continues from its last `block_size // 2` tokens, because positions are learned for one block only. On a
+    GPU, AHEAD tokens are drawn before they are yielded, so `generator` may have drawn a few more at the end.
     """
     context, block_size, B = idx, model.config.block_size, len(idx)
     recorded, capacity = can_record(model, idx, max_new_tokens), idx.size(1) + max_new_tokens
@@ -205,7 +206,8 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
     """Do `work` on a GPU, and record it as a CUDA graph. → a function that launches its kernels again, all at once
 
     They use the same memory again. So `work` reads what changes from tensors, and updates these in place; it draws no
-    random numbers, and never waits for the GPU. If it can't be recorded, print a note and return `work` itself.
+    random numbers, and never waits for the GPU. If it can't be recorded, print a note and return `work` itself. Then
+    torch's default generator may fail, so use one of your own.
     """
     recording: Any = torch.cuda.graph(torch.cuda.CUDAGraph())
     recording.capture_stream.wait_stream(torch.cuda.current_stream())

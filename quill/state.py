@@ -78,6 +78,7 @@ class TrainState:
         """Build the optimizers, which an evaluation does not need. A resume restores their state from `saved`."""
         self.optimizers = make_optimizers(self.model, self.config, self.strategy)
         self.parameters = list(self.model.parameters())  # listed once: at every step, it would take time
+        self.averages = [] if self.ema is None else list(self.ema.parameters())
         if saved is None or self.config.init_from != "resume":
             return
         optimizers = [optimizer for optimizer, _ in self.optimizers]
@@ -134,8 +135,9 @@ class TrainState:
         torch's AveragedModel does the same, but makes the host wait for a GPU at every step.
         """
         if self.ema is not None:
-            average, weights = ([self.strategy.to_local(p) for p in m.parameters()] for m in (self.ema, self.model))
-            torch._foreach_lerp_(average, weights, 1 - self.config.ema_decay if self.progress.step else 1.0)
+            local, decay = self.strategy.to_local, self.config.ema_decay
+            averages, weights = [local(p) for p in self.averages], [local(p) for p in self.parameters]
+            torch._foreach_lerp_(averages, weights, 1 - decay if self.progress.step else 1.0)
 
     def read_losses(self) -> tuple[list[float], list[float]]:
         """Return the losses and the gradient norms of the pending steps. Raise a UserError if one is not finite.
