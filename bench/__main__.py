@@ -23,6 +23,7 @@ if __name__ == "__main__":
     import quill.start  # noqa: F401 - must be the first import
 
 import json
+import signal
 import sys
 from dataclasses import fields, replace
 from importlib import import_module
@@ -61,7 +62,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"python -m bench {name} needs a package: pip install matplotlib")
     machine = pick_machine(config)  # so that a missing device or dtype is reported before the first run
     if name != "generate" and machine.device.type == "cpu" and config.dtype in ("float16", "int8"):
-        raise UserError(f"--dtype={config.dtype}: on a CPU, is for python -m bench generate")
+        raise UserError(f"--dtype={config.dtype}: on a CPU, only python -m bench generate takes it")
+    if name == "xl" and machine.device.type == "cpu" and not given:
+        raise UserError("xl needs a GPU with 80 GB, or flags of a smaller model")
     with folder_lock(Path(config.out_dir)):
         pass  # so that a folder that can't be written to is reported before the first run
     sys.path.insert(0, str(ROOT / "tests"))
@@ -78,7 +81,8 @@ def main(argv: list[str]) -> int:
     finally:
         for line in (line for line in lines.values() if "unit" in line):
             print(describe(line, config.target))
-        print(f"{report['hardware']}; written to {path}" if lines else "nothing was measured")
+        if lines:
+            print(f"{report['hardware']}; written to {path}")
     return int(any(line.get("problems") for line in lines.values()))
 
 
@@ -93,4 +97,5 @@ def with_full_paths(config: BenchConfig) -> BenchConfig:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the run that is being measured ends too
     run(main)

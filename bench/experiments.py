@@ -4,6 +4,7 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,21 +26,34 @@ def compare(paths: list[str], given: Options, config: BenchConfig) -> Lines:
     paths: config files, or .txt files of which a line is what follows `python train.py`. given: options for all runs.
     """
     variants, splits = {}, set()
-    for path in paths:
-        listed = path.endswith(".txt")
-        texts = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines() if listed else []
-        for words in filter(None, (f" {text}".partition(" #")[0].split() for text in texts)) if listed else [[path]]:
+    for where, name, words in list_variants(paths):
+        try:
+            check(name not in variants, f"{name}: give different lines, or config files with different names")
+            check(not {"-h", "--help"} & set(words), "give a config file and flags")
             files, flags = read_args(words, TrainConfig, None)
-            name = " ".join(words) if listed else Path(path).stem
-            check(len(files) == 1, f"{path}: {name}: give one config file, and flags")
-            check(name not in variants, f"{path}: {name}: give different lines, or config files with different names")
+            check(len(files) == 1, f"{name[:80]}: give one config file, and flags")
+            twice = flags.keys() & given.keys()
+            check(not twice, f"--{min(twice, default='')} is given for all runs already")
             refuse_fixed(flags, "compare")
             variants[name] = full_path(files[0]), flags | given
             run = TrainConfig(**(read_config_file(files[0], TrainConfig) | flags | given))
-            splits.add(f"{run.dataset}, --val_split={run.val_split},")
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
+        splits.add(f"{run.dataset}, --val_split={run.val_split},")
     check(len(variants) > 1, "compare takes two config files or more, or a .txt file with a line for each variant")
     check(len(splits) == 1, f"losses on {' and '.join(sorted(splits))} can't be compared")
     yield from train_variants("compare", variants, config)
+
+
+def list_variants(paths: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the variants that `paths` name: for error messages, where it is; its name; its config file and flags."""
+    for path in paths:
+        if not path.endswith(".txt"):
+            yield "", Path(path).stem, [path]
+            continue
+        for number, text in enumerate(Path(path).read_text("utf-8-sig", "surrogateescape").splitlines(), start=1):
+            if words := f" {text}".partition(" #")[0].split():
+                yield f"{path}, line {number}: ", " ".join(words), words
 
 
 def train_variants(bench: str, variants: dict[str, tuple[str, Options]], config: BenchConfig) -> Lines:

@@ -17,8 +17,8 @@
 # (of tests: to pytest), as in bench/gpu.sh xl --compile=False.
 # Environment variables: QUILL_CORPORA is the folder of tinyshakespeare.txt, DEVICE the device (cuda), OUT the folder for
 # results (out/gpu), PAIRS the number of runs (3; stock and xl 1; speedrun and best 5), PYTHON the interpreter (python);
-# for compare, JOBS is the number of runs at a time (4), SEEDS that of seeds (1), MINUTES when the last run is started (8).
-# nanoGPT's prepare.py needs the package requests.
+# for compare, JOBS is the number of runs at a time (4), SEEDS the number of seeds (1), MINUTES the time after which no
+# run is started (8). tests, generate and xl need no texts. nanoGPT's prepare.py needs the package requests.
 set -euo pipefail
 
 fail() {
@@ -43,7 +43,7 @@ cd "$(dirname "$here")/.."
 
 prepare() { # our dataset, and nanoGPT's in its own folder, which is `place`
   [ -f "$text" ] || fail "QUILL_CORPORA must be the folder of tinyshakespeare.txt"
-  [ -z "$place" ] || [ -f "$place/train.py" ] || fail "$place: there is no train.py; give a checkout of nanoGPT"
+  [ -z "$place" ] || [ -d "$place/data/shakespeare_char" ] || fail "$place: give a checkout of nanoGPT"
   "$python" prepare.py shakespeare_char "--input=$text" "--data_dir=$results/data"
   if [ -n "$place" ] && [ ! -f "$place/data/shakespeare_char/train.bin" ]; then
     cp "$text" "$place/data/shakespeare_char/input.txt"

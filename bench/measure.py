@@ -76,13 +76,15 @@ def seconds_to_lines(starts: Sequence[str], argv: Iterable[Any], cwd: Path | str
     argv, seconds, line = [sys.executable, "-u", *map(str, argv)], [], ""
     began, pipe = time.perf_counter(), subprocess.PIPE
     with subprocess.Popen(argv, cwd=cwd, encoding="utf-8", stdout=pipe, stderr=subprocess.STDOUT) as running:
-        for line in running.stdout or ():
-            if line.startswith(starts[len(seconds)]):
-                seconds.append(time.perf_counter() - began)
-            if len(seconds) == len(starts):
-                break
-        memory = [torch.cuda.mem_get_info()] if torch.cuda.is_initialized() else []
-        running.kill()
+        try:
+            for line in running.stdout or ():
+                if line.startswith(starts[len(seconds)]):
+                    seconds.append(time.perf_counter() - began)
+                if len(seconds) == len(starts):
+                    break
+            memory = [torch.cuda.mem_get_info()] if torch.cuda.is_initialized() else []
+        finally:
+            running.kill()
     check(len(seconds) == len(starts), f"{argv[2]} ended before it printed {starts[-1]}: {line.strip()}")
     return seconds + [(total - free) / 1e9 for free, total in memory]
 

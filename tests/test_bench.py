@@ -161,11 +161,11 @@ def test_compare_trains_both_resumes_and_tells_them_apart(variants, in_process, 
 def test_variants_of_a_file_are_ranked_and_a_failed_one_is_a_line(variants, in_process, tmp_path, capsys):
     """Comments and empty lines are left out. The last variant's folder is in use, which only a run can find out."""
     path = str(tmp_path / "fast.py")
-    names = [f"{path} --learning_rate=1e-5", path, f"{path} --n_layer=1"]
+    names = [f"{path} --learning_rate=1e-5", path, f"{path} --beta1=0.8"]
     listed = tmp_path / "variants.txt"
-    listed.write_text("# slow\n\n" + "\n".join(names) + "  # in use", encoding="utf-8")
+    listed.write_text("\ufeff# slow\n\n" + "\n".join(names) + "  # in use", encoding="utf-8")
     (tmp_path / "bench" / "compare").mkdir(parents=True)
-    folder = re.sub(r"[/ ]", "_", names[2]).replace("--n_layer", "--n_layer")
+    folder = re.sub(r"[/ ]", "_", names[2])
     (tmp_path / "bench" / "compare" / f"{folder}-1").touch()
     assert bench.main(["compare", str(listed), "--seeds=1", *variants]) == 1
     *_, a, b, c, _ = capsys.readouterr().out.splitlines()
@@ -433,7 +433,7 @@ RUN = "--n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2 --max_it
         ("speedrun --recipe=tiny.py --pairs=2", "loss", 5, 0),
         ("best --recipe=tiny.py --pairs=2", "loss", 5, 0),
         ("generate peer --pairs=1", "generate", 6, 3),
-        ("xl", "xl", 3, 0),
+        ("xl --bias=True", "xl", 3, 0),
         ("compare variants.txt", "compare", 2, 0),
     ],
 )
@@ -481,7 +481,7 @@ def test_nanogpt_runs_as_shipped_with_new_caches_and_its_checkpoint_is_earlier_t
         ("trian peer", {}, "bench/gpu.sh tests "),
         ("train", {"QUILL_CORPORA": "nowhere"}, "gpu.sh: QUILL_CORPORA must be the folder of tinyshakespeare.txt"),
         ("train", {"QUILL_CORPORA": ""}, "gpu.sh: QUILL_CORPORA must be the folder of tinyshakespeare.txt"),
-        ("train nowhere", {}, "nowhere: there is no train.py; give a checkout of nanoGPT"),
+        ("train nowhere", {}, "nowhere: give a checkout of nanoGPT"),
         ("replay", {}, "gpu.sh: replay needs a checkout of nanoGPT"),
         ("compare", {}, "gpu.sh: compare needs a file with a variant on each line"),
         ("generate", {"OUT": "a_file"}, "a_file/generate: can't be written to"),
@@ -533,6 +533,7 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["generate", "--n_layer=3"], "--n_layer=3: not an option of python -m bench generate"),
         (["train", "--n_layre=3"], "there is no option n_layre"),
         (["xl", "--seed=3"], "--seed: not with python -m bench xl"),
+        (["xl", "--device=cpu"], "xl needs a GPU with 80 GB"),
         (["compare", "config/names.py"], "compare takes two config files"),
         (["compare", "config/names.py", "config/names.py"], "different names"),
         (["compare", "nowhere.txt", "config/names.py"], "nowhere.txt"),
@@ -543,7 +544,10 @@ def test_the_curve_of_a_peer_that_is_quill_is_quills(peer, data_dir, in_process,
         (["replay"], "replay: give a checkout of nanoGPT"),
         (["replay", "--dtype=bfloat16"], "it takes no cases and no --dtype"),
         (["train", "--peer=config"], "config: there is no model.py"),
-        (["train", "--dtype=float16", "--device=cpu"], "--dtype=float16: on a CPU, is for python -m bench generate"),
+        (
+            ["train", "--dtype=float16", "--device=cpu"],
+            "--dtype=float16: on a CPU, only python -m bench generate takes it",
+        ),
         (["start", "--pairs=0"], "--pairs=0"),
         (["growth", "--gigabytes=0"], "--gigabytes=0"),
         (["growth", "training"], "training: not an option of python -m bench growth"),
