@@ -66,7 +66,7 @@ class ModelConfig(Checked, heading="The model's architecture"):
     n_embd: int = option(768, "width of the residual stream", at_least=1)
     dropout: float = option(0.0, "dropout on embeddings, attention and residual branches", at_least=0, below=1)
     attention_dropout: float | None = option(
-        None, "dropout on attention weights; empty: --dropout", at_least=0, below=1
+        None, "dropout on attention weights; empty: the value of --dropout", at_least=0, below=1
     )
     bias: bool = option(False, "use biases in Linear and LayerNorm")
     norm: Literal["layernorm", "rmsnorm", "none"] = option("layernorm", "normalisation; rmsnorm has no weights")
@@ -74,7 +74,9 @@ class ModelConfig(Checked, heading="The model's architecture"):
     norm_final: bool = option(True, "normalise before lm_head")
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "non-linearity of the MLP")
     position: Literal["learned", "rope", "none"] = option("learned", "position encoding")
-    ngram: int = option(0, "embed n-grams of 2 to this many tokens too, 17 at most; 0: none", at_least=0, at_most=17)
+    ngram: int = option(
+        0, "add vectors for the last 2, 3, … up to this many tokens, 17 at most; 0: none", at_least=0, at_most=17
+    )
     ngram_rows: int = option(16384, "rows of the n-grams' table; n-grams may share a row", at_least=1, below=10**6)
     mlp_ratio: float = option(4.0, "width of the MLP as a multiple of n_embd; 0 leaves the MLP out", at_least=0)
     residual: bool = option(True, "add the input of attention and of the MLP to its output")
@@ -161,7 +163,7 @@ class ReportConfig(Checked, heading="Evaluation, logging and samples during a ru
     """What a run evaluates, logs and prints during training."""
 
     eval_interval: int = option(2000, "steps between evaluations; each evaluation writes a checkpoint", at_least=1)
-    eval_iters: int = option(0, "most batches in an evaluation; 0 evaluates the whole validation split", at_least=0)
+    eval_iters: int = option(0, "maximum batches in an evaluation; 0: the whole validation split", at_least=0)
     eval_only: bool = option(False, "evaluate, print the loss and stop")
     dry_run: bool = option(False, "describe the model, its memory and the length of an epoch, without training")
     vocab_size: int | None = option(None, "with --dry_run: the number of ids, in place of a dataset", at_least=1)
