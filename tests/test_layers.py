@@ -61,7 +61,7 @@ SCRIPTS = {"train.py", "sample.py", "prepare.py", "export.py", "play.py"}  # onl
 
 MOST_LINES = {"model.py": 249, "train.py": 249}
 PAGE = ("play.py", "quill/play/", "quill/observers/page.py")  # counted apart: nothing of it is needed to train a GPT
-MOST_LINES_IN_ALL, MOST_LINES_OF_THE_PAGE = 8016, 1199  # of Python, without tests
+MOST_LINES_IN_ALL, MOST_LINES_OF_THE_PAGE = 8014, 1199  # of Python, without tests
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_LINES_OF_THE_LOOP = 44  # train.train
 
