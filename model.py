@@ -203,14 +203,14 @@ class GPT(nn.Module):
         start, end = 0 if cache is None else cache.length, idx.size(1)
         assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
         assert start == 0 or end - start == 1, "a cache that is not empty takes one token at a time"
-        places = slice(start, end) if cache is None else cache.take(start, end)
+        positions = slice(start, end) if cache is None else cache.take(start, end)
         x = self.transformer.wte(idx[:, start:])
         if self.transformer.ngrams is not None:
             x = x + ngram_vectors(idx, self.config.ngram, self.transformer.ngrams.weight, start)
         if self.transformer.wpe is not None:
-            x = x + self.transformer.wpe.weight[places]
+            x = x + self.transformer.wpe.weight[positions]
         x = self.transformer.drop(self.transformer.ln_e(x))
-        rotary = None if self.rotary is None else self.rotary[:, places]
+        rotary = None if self.rotary is None else self.rotary[:, positions]
         for i, block in enumerate(self.transformer.h):
             x = block(x, rotary, None if cache is None else cache.layers[i])
         return self.transformer.ln_f(x)

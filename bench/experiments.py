@@ -97,16 +97,16 @@ def describe_variant(line: Line, first: Line | None = None) -> str:
         texts.append(f"best {best['best_loss']:.4f} at step {best['best_step']}, {line['seconds']:.1f} s")
     others = {run["seed"]: run["val_loss"] for run in first["runs"]} if first and first is not line else {}
     differences = [run["val_loss"] - others[run["seed"]] for run in runs if run["seed"] in others]
-    if len(differences) > 1:
-        texts.append(verdict(*interval(differences)))
+    if first and len(differences) > 1:
+        texts.append(verdict(*interval(differences), first["name"]))
     return f"{', '.join(texts + line['problems'][:1])}: {line['name']}"
 
 
-def verdict(difference: float, margin: float) -> str:
-    """Compare a loss with the first variant's: `difference` ± `margin` is it minus the first, with a 95 % interval."""
+def verdict(difference: float, margin: float, first: str) -> str:
+    """Compare a loss with that of the variant `first`: `difference` ± `margin` is it minus the first, at 95 %."""
     if abs(difference) <= margin:
-        return f"can't be told apart from the first: {difference:+.4f} ± {margin:.4f}"
-    return f"{'better' if difference < 0 else 'worse'} than the first by {abs(difference):.4f} ± {margin:.4f}"
+        return f"can't be told apart from {first}: {difference:+.4f} ± {margin:.4f}"
+    return f"{'better' if difference < 0 else 'worse'} than {first} by {abs(difference):.4f} ± {margin:.4f}"
 
 
 def refuse_fixed(given: Options, bench: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from bench import measure
 from bench.measure import Lines, as_flags, cold_run, in_turn, machine_options, on_gpu, peer_machine_options, process
+from quill.errors import check
 from quill.machine import Machine, pick_machine
 from quill.options import BenchConfig, Options, TrainConfig
 
@@ -47,6 +48,7 @@ def train(given: Options, config: BenchConfig) -> Lines:
 
 def xl(given: Options, config: BenchConfig) -> Lines:
     """Measure training of GPT-2 XL with activation checkpointing. given: options of our runs."""
+    check(on_gpu(config) or given, "xl needs a GPU with 80 GB, or flags of a smaller model")
     yield from random_tokens("GPT-2 XL", GPT2_XL | given, 3, config)
 
 

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare: the lowest loss that a recipe of quill's has reached with at most 11M parameters. It has 3.2M.
+"""Tiny Shakespeare: the lowest validation loss that quill has reached so far, 3.2M parameters.
 
     python train.py config/shakespeare_char_best.py
 

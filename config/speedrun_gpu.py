@@ -15,4 +15,4 @@ max_iters = 600
 learning_rate = 6e-3
 muon_learning_rate = 0.03
 eval_interval = 600
-compile = False  # which would take longer than the run
+compile = False  # so that a short run spends no time on compiling

@@ -218,7 +218,7 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
                 work()
         except RuntimeError as error:
             reason = str(error.__context__ or error).strip().partition("\n")[0]
-            note(f"note: no CUDA graph was recorded ({reason}); generation goes on without")
+            note(f"note: no CUDA graph was recorded ({reason}); generation continues without it")
             return work
     return recording.cuda_graph.replay
 

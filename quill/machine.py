@@ -231,7 +231,7 @@ def compile_model(model: Any, x: torch.Tensor, y: torch.Tensor, option: bool | s
     """
     if not (machine.device.type == "cuda" if option == "auto" else option):
         return
-    from torch._functorch import config  # here, because it takes long to import
+    from torch._functorch import config as cache_config  # here, because it takes long to import
 
     head, device = model.head, machine.device
     parts = [(block, "forward", block.forward, block.forward) for block in model.transformer.h]
@@ -244,8 +244,8 @@ def compile_model(model: Any, x: torch.Tensor, y: torch.Tensor, option: bool | s
     def try_model():
         for module, name, plain, of_training in parts:
             setattr(module, name, partial(_with_gradients, torch.compile(of_training), plain))
-        # torch 2.13 may crash when it stores a graph that returns a view, as quill/cpu.py's Dropout makes it do.
-        with config.patch(enable_autograd_cache=config.enable_autograd_cache and device.type != "cpu"):
+        # torch 2.13 may crash when it stores a graph that returns a view. quill/cpu.py's Dropout leads to such graphs.
+        with cache_config.patch(enable_autograd_cache=cache_config.enable_autograd_cache and device.type != "cpu"):
             with machine.autocast():
                 loss = model(x, y)[1]
             loss.backward()

@@ -124,10 +124,10 @@ def test_t_quantile(degrees, t):
 
 
 def test_verdicts():
-    assert verdict(-0.021, 0.006) == "better than the first by 0.0210 ± 0.0060"
-    assert verdict(0.021, 0.006) == "worse than the first by 0.0210 ± 0.0060"
-    assert verdict(0.005, 0.006) == "can't be told apart from the first: +0.0050 ± 0.0060"
-    assert verdict(0.5, math.inf).startswith("can't be told apart")
+    assert verdict(-0.021, 0.006, "a") == "better than a by 0.0210 ± 0.0060"
+    assert verdict(0.021, 0.006, "a") == "worse than a by 0.0210 ± 0.0060"
+    assert verdict(0.005, 0.006, "a") == "can't be told apart from a: +0.0050 ± 0.0060"
+    assert verdict(0.5, math.inf, "a").startswith("can't be told apart")
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_compare_trains_both_resumes_and_tells_them_apart(variants, in_process, 
     difference = statistics.mean(losses[1]) - statistics.mean(losses[0])
     *_, best, worst, hardware = first.splitlines()
     assert best.startswith(f"val loss {statistics.mean(losses[0]):.4f} (spread ") and best.endswith(" s: fast")
-    assert f", worse than the first by {difference:.4f} ± " in worst and worst.endswith(": slow")
+    assert f", worse than fast by {difference:.4f} ± " in worst and worst.endswith(": slow")
     assert losses[0][0] != losses[0][1] and hardware.endswith("compare.json")
     assert [run["best_step"] for run in fast["runs"]] == [30] * 3 and fast["parameters"] > 6000
     before = (tmp_path / "bench" / "compare" / "fast-1" / "last.pt").stat().st_mtime_ns

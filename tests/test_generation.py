@@ -380,5 +380,5 @@ def test_a_recording_that_fails_is_a_note(monkeypatch, capsys):
     assert done == [1]
     again()
     assert done == [1, 1]
-    expected = "note: no CUDA graph was recorded (operation not permitted); generation goes on without\n"
+    expected = "note: no CUDA graph was recorded (operation not permitted); generation continues without it\n"
     assert capsys.readouterr().err == expected

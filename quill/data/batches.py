@@ -32,7 +32,7 @@ ON_DEVICE_BYTES = 256 * 2**20  # a token file up to this size is copied to the d
 CPU_EVAL_TOKENS = 2048  # tokens in an evaluation batch: on a CPU, as many as stay in its cache
 GPU_EVAL_TOKENS = 16384  # on a GPU, more of them at once are faster
 AHEAD = 2**13  # tokens of small global batches that are made together, because many short operations cost time
-GPU_AHEAD = 2**20  # on a GPU, more: to copy the rows' starts to it, the host waits until it has done all earlier steps
+GPU_AHEAD = 2**20  # on a GPU, more: each copy of the rows' starts waits until all earlier steps are done
 ROUNDS = 24  # of `shuffled`, an even number. With 24, even the orders of eight rows are equally likely
 SCANNED = 2**20  # tokens that are read at a time where all are read, so that a long split is not copied
 
